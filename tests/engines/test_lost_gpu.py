@@ -84,7 +84,7 @@ def test_the_scheduler_ends(serving: tuple[Scheduler, Any]) -> None:
     scheduler, gpu = serving
     clients = [Recorder() for _ in range(4)]
     for client in clients:
-        scheduler.submit(Request(PROMPT, 20, stop_ids=()), client)
+        scheduler.submit(Request(PROMPT, 20, stop_ids=frozenset()), client)
     for _ in range(4):
         scheduler.work()
     gpu.dies_at = gpu.calls + 1
@@ -98,10 +98,10 @@ def test_the_scheduler_ends(serving: tuple[Scheduler, Any]) -> None:
 def test_a_failure_that_is_not_the_end_is_none(serving: tuple[Scheduler, Any]) -> None:
     scheduler, gpu = serving
     first, second = Recorder(), Recorder()
-    scheduler.submit(Request(PROMPT, 4, stop_ids=()), first)
+    scheduler.submit(Request(PROMPT, 4, stop_ids=frozenset()), first)
     gpu.fail_at = gpu.calls + 1
     scheduler.work()
-    scheduler.submit(Request(PROMPT, 4, stop_ids=()), second)
+    scheduler.submit(Request(PROMPT, 4, stop_ids=frozenset()), second)
     while scheduler.under_way or scheduler.waiting:
         scheduler.work()
     assert first.error is not None
@@ -179,7 +179,7 @@ send = types.SimpleNamespace(send=lambda response=None, flags=0: print(response.
 send.is_cancelled = lambda: False
 responses = triton_model._Responses(send, model._form, frozenset(), 2, "")
 client = triton_model._Client(responses, model._outbox, False, model._metrics)
-model._scheduler.submit(Request([60, 61], 50, stop_ids=()), client)
+model._scheduler.submit(Request([60, 61], 50, stop_ids=frozenset()), client)
 model._thread.join()
 print("it lives on", flush=True)
 """
@@ -219,7 +219,7 @@ def test_warming_up_makes_every_kind_of_call(serving: tuple[Scheduler, Any]) -> 
     scheduler, gpu = serving
     assert gpu.launches > 0, "steps were recorded and replayed"
     held, client = gpu.held, Recorder()
-    scheduler.submit(Request(PROMPT * 5, 8, stop_ids=()), client)
+    scheduler.submit(Request(PROMPT * 5, 8, stop_ids=frozenset()), client)
     while scheduler.under_way or scheduler.waiting:
         scheduler.work()
     assert client.result is not None

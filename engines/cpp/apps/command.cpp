@@ -2,6 +2,7 @@
 
 #include <charconv>
 #include <functional>
+#include <iostream>
 #include <istream>
 #include <map>
 #include <string_view>
@@ -170,6 +171,7 @@ gsx::Model open(Command const& command) {
     if (command.backend == gsx::backendName()) {
         gsx::GpuOptions options;
         if (command.plugins) options.pluginLibrary = *command.plugins;
+        options.onWarning = [](std::string const& text) { std::cerr << "gsx-run: " << text << "\n"; };
         return gsx::openModel(command.bundle, command.drafting, options);
     }
 #endif

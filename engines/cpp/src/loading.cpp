@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -160,23 +161,42 @@ EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine 
 }
 
 std::vector<EngineSet> findSteps(Bundle const& bundle, EngineSet const& engines, Machine const& machine,
-                                 std::optional<fs::path> const& plugins) {
+                                 std::optional<fs::path> const& plugins, Warn const& warn) {
     EngineEntry const& general = *engines.entry;
-    std::string const command = buildCommand(bundle, general.backend);
-    std::vector<EngineSet> found;
+    std::map<std::pair<int64_t, int64_t>, EngineSet> fitting;
+    std::map<std::pair<int64_t, int64_t>, EngineError> problems;
     std::optional<fs::path> loaded = engines.library;
     for (auto const& [name, entry] : bundle.manifest.engines) {
         bool const shares = entry.backend == general.backend && entry.capacity == general.capacity;
         if (entry.kvLayout != kStepLayout || !shares) continue;
+        std::pair const size(entry.profiles.front().batch.most, entry.profiles.front().tokens.most);
+        std::string const command = buildCommand(bundle, general.backend) + " --batch " + std::to_string(size.first) +
+                                    " --step " + std::to_string(size.second);
         std::optional<fs::path> const library =
             entry.plugins ? findLibrary(plugins, *entry.plugins) : std::optional<fs::path>();
-        if (difference(bundle, name, entry, machine, library, command, kStepLayout)) continue;
-        // A process loads one library: plugins of another have the same names.
-        if (library && loaded && *library != *loaded) continue;
+        std::optional<EngineError> problem = difference(bundle, name, entry, machine, library, command, kStepLayout);
+        if (!problem && library && loaded && *library != *loaded) {
+            // Plugins of two libraries have the same names, so a process loads one.
+            problem = EngineError("engines " + (bundle.directory / kEngines / name).string() + ": the plugin library differs",
+                                  {loaded->string(), library->string(), command});
+        }
+        if (problem) {
+            problems.insert_or_assign(size, *problem);
+            continue;
+        }
         if (library) loaded = library;
-        found.push_back({bundle.directory / kEngines / name, &entry, library});
+        fitting.insert_or_assign(size, EngineSet{bundle.directory / kEngines / name, &entry, library});
     }
+    for (auto const& [size, problem] : problems) {
+        if (fitting.count(size) == 0) leftOut(problem, warn);
+    }
+    std::vector<EngineSet> found;
+    for (auto& [size, set] : fitting) found.push_back(std::move(set));
     return found;
+}
+
+void leftOut(EngineError const& problem, Warn const& warn) {
+    if (warn) warn(std::string("steps run on the engines for all calls, which are slower: ") + problem.what());
 }
 
 std::string readEngine(EngineSet const& engines, std::string const& graph, std::string const& command) {

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "gsx/bundle.h"
+#include "gsx/error.h"
 
 namespace gsx {
 
@@ -37,10 +39,16 @@ void requireEngines(Bundle const& bundle, std::string const& backend);
 EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine const& machine,
                       std::optional<std::filesystem::path> const& plugins);
 
+// Receives what is not as it could be, but is no error.
+using Warn = std::function<void(std::string const&)>;
+
 // The engines for steps of one size that run on this machine, share K/V buffers with those for all calls, and use the
-// same plugin library.
+// same plugin library. Where none of a size does, `warn` is told why: the others do its work, but slower.
 std::vector<EngineSet> findSteps(Bundle const& bundle, EngineSet const& engines, Machine const& machine,
-                                 std::optional<std::filesystem::path> const& plugins);
+                                 std::optional<std::filesystem::path> const& plugins, Warn const& warn);
+
+// Warn that engines for steps are not used.
+void leftOut(EngineError const& problem, Warn const& warn);
 
 // An engine's content, checked by size and hash. Throws EngineError: no such engine, a missing or changed file.
 std::string readEngine(EngineSet const& engines, std::string const& graph, std::string const& command);

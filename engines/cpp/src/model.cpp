@@ -39,7 +39,9 @@ struct Model::Parts {
                                  std::vector<Engines> const& steps) const {
         std::unique_ptr<Engine> engine = makeEngine(graph);
         std::vector<StepEngine> made;
-        for (size_t i = 0; i < steps.size(); ++i) made.push_back({stepEntries[i], steps[i].make(graph)});
+        for (size_t i = 0; i < steps.size(); ++i) {
+            if (std::unique_ptr<Engine> step = steps[i].make(graph)) made.push_back({stepEntries[i], std::move(step)});
+        }
         return std::make_unique<Stage>(bundle.manifest, entry, graph, std::move(engine), std::move(made));
     }
 };

@@ -25,6 +25,9 @@ constexpr int64_t kMostPadding = 32;
 // A sequence's K or V must be a multiple of so many elements for TensorRT to take its address.
 constexpr size_t kAlignedElements = 128;
 
+// Kinds of calls whose bindings are kept.
+constexpr size_t kMostBound = 64;
+
 EngineGraph const& graphOf(EngineEntry const& entry, std::string const& name) {
     auto const found = entry.graphs.find(name);
     if (found == entry.graphs.end()) throw EngineError("there is no engine of " + name);
@@ -313,17 +316,9 @@ StageOutput Stage::runOnce(StageMemory& memory, int64_t start, Call const& call,
         if (!stays) results[output.name] = shapeOf(output, sizes);
     }
     size_t const profile = chooseProfile(plan.entry.profiles, call.batch(), call.size(), window);
-    Buffers buffers = memory.buffers;
-    for (auto& [name, bound] : buffers) {
-        bound.shape[0] = call.batch();
-        bound.row = start;
-    }
     std::vector<bool> chosen;
     if (!mRuns.empty()) chosen = chosenOf(*call.controls, 0, fullOf(call, 0) > 0);
-    for (size_t i = 0; i < mRuns.size(); ++i) {
-        buffers[mRuns[i].second] = {memory.unread, {chosen[i] ? call.batch() * call.size() : 0}};
-    }
-    if (plan.logits) buffers[names::kLogits] = *plan.logits;
+    SharedBuffers const buffers = boundOf(memory, plan, start, call, chosen);
     ++plan.calls;  // first: a call that fails may have overwritten the logits of the one before
     Values found = plan.engine->run(profile, feeds, buffers, results);
     StageOutput output;
@@ -361,6 +356,24 @@ StageOutput Stage::runOnce(StageMemory& memory, int64_t start, Call const& call,
         }
     }
     return output;
+}
+
+SharedBuffers Stage::boundOf(StageMemory& memory, Plan const& plan, int64_t start, Call const& call,
+                             std::vector<bool> const& chosen) const {
+    auto const size = plan.isStep ? std::pair(call.batch(), call.size()) : std::pair<int64_t, int64_t>();
+    StageMemory::Kind kind(size, start, call.batch(), mRuns.empty() ? 0 : call.size(), chosen);
+    if (auto const known = memory.bound.find(kind); known != memory.bound.end()) return known->second;
+    auto buffers = std::make_shared<Buffers>(memory.buffers);
+    for (auto& [name, bound] : *buffers) {
+        bound.shape[0] = call.batch();
+        bound.row = start;
+    }
+    for (size_t i = 0; i < mRuns.size(); ++i) {
+        (*buffers)[mRuns[i].second] = {memory.unread, {chosen[i] ? call.batch() * call.size() : 0}};
+    }
+    if (plan.logits) (*buffers)[names::kLogits] = *plan.logits;
+    if (memory.bound.size() == kMostBound) memory.bound.clear();
+    return memory.bound[std::move(kind)] = std::move(buffers);
 }
 
 Likeliest LikelyLogits::of(int64_t row, int64_t token) const {

@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -77,6 +78,10 @@ struct StageMemory {
     Buffers buffers;
     // Behind the inputs of which only the size is read; null if there are none.
     std::shared_ptr<Buffer> unread;
+    // What calls bind, by kind of call: the engine's size, the first row, sequences and tokens, and the branches that run.
+    // Making it takes longer than all else before a call.
+    using Kind = std::tuple<std::pair<int64_t, int64_t>, int64_t, int64_t, int64_t, std::vector<bool>>;
+    std::map<Kind, SharedBuffers> bound;
 };
 
 // Layers [first, last) of the model.
@@ -145,6 +150,9 @@ private:
     StageOutput runPart(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits);
     // One call of an engine. `start`: row of the first sequence in the memory.
     StageOutput runOnce(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits);
+    // The memory of a call that stays on the device: the same object for the same rows, sizes and branches.
+    SharedBuffers boundOf(StageMemory& memory, Plan const& plan, int64_t start, Call const& call,
+                          std::vector<bool> const& chosen) const;
     // Rows that run together, as [start, stop): neighbours that have tokens, about as many, and run the same branches.
     std::vector<std::pair<int64_t, int64_t>> partsOf(Call const& call) const;
     // How many of a sequence's tokens run every branch.

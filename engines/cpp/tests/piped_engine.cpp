@@ -50,11 +50,11 @@ public:
         return std::make_shared<PipedBuffer>(mBuffers++);
     }
 
-    gsx::Values run(size_t profile, gsx::Values const& feeds, gsx::Buffers const& buffers,
+    gsx::Values run(size_t profile, gsx::Values const& feeds, gsx::SharedBuffers const& buffers,
                     std::map<std::string, gsx::Shape> const& results) override {
         json call = {{"profile", profile}, {"results", results}, {"feeds", json::object()}, {"buffers", json::object()}};
         for (auto const& [name, value] : feeds) call["feeds"][name] = written(value);
-        for (auto const& [name, bound] : buffers) {
+        for (auto const& [name, bound] : *buffers) {
             call["buffers"][name] = {static_cast<PipedBuffer const&>(*bound.buffer).number, bound.row, bound.shape};
         }
         std::cout << call << std::endl;

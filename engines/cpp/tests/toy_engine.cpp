@@ -104,8 +104,9 @@ gsx::Array<float> ToyEngine::read(gsx::BoundBuffer const& rows, std::string cons
     return found;
 }
 
-gsx::Values ToyEngine::run(size_t profile, Values const& feeds, Buffers const& buffers,
+gsx::Values ToyEngine::run(size_t profile, Values const& feeds, gsx::SharedBuffers const& bound,
                            std::map<std::string, Shape> const& results) {
+    Buffers const& buffers = *bound;
     takeIn(profile, feeds, results);
     Array<int64_t> const& ids = ints(feeds, "input_ids");
     Array<int64_t> const& mask = ints(feeds, "attention_mask");

@@ -28,7 +28,7 @@ public:
 
     std::shared_ptr<gsx::Buffer> buffer(gsx::Shape const& shape, std::string const& name) override;
     gsx::Array<float> read(gsx::BoundBuffer const& rows, std::string const& name) override;
-    gsx::Values run(size_t profile, gsx::Values const& feeds, gsx::Buffers const& buffers,
+    gsx::Values run(size_t profile, gsx::Values const& feeds, gsx::SharedBuffers const& bound,
                     std::map<std::string, gsx::Shape> const& results) override;
 
 private:

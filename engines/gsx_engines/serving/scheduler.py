@@ -338,7 +338,7 @@ class Scheduler:
         """
         length = max(1, min(_WARM_UP_PROMPT, self.context - _WARM_UP_TOKENS))
         ids = [number % self._manifest.decoder.vocab_size for number in range(length)]
-        request = Request(ids, min(_WARM_UP_TOKENS, self.context - length), stop_ids=())
+        request = Request(ids, min(_WARM_UP_TOKENS, self.context - length), stop_ids=frozenset())
         asked = [(request, number) for number in sorted({1, min(self.slots, max(1, self.queue))})]
         if self._draft is not None:
             asked.append((replace(request, speculative=True), 1))

@@ -70,7 +70,7 @@ class PinnedArray:
         self.size = max(size, 1)
         self._runtime = cuda.runtime()
         self._address = int(cuda.check(self._runtime.cudaMallocHost(self.size), f"pinning {self.size} bytes"))
-        self._bytes = np.frombuffer((ctypes.c_char * self.size).from_address(self._address), np.uint8)
+        self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * self.size).from_address(self._address))
 
     def array(self, shape: tuple[int, ...], kind: np.dtype[Any]) -> np.ndarray:
         """Its beginning as an array."""

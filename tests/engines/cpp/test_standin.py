@@ -49,6 +49,49 @@ def test_it_goes_on_after_every_failure(stand_in: StandIn, case: str) -> None:
     assert code == 0, says
 
 
+@pytest.mark.parametrize("case", ["gated, plain, stop ids", "steps, plain, few"])
+def test_a_lost_gpu(stand_in: StandIn, case: str) -> None:
+    """From each call on in turn nothing works: every generation says so, and what the model has is freed."""
+    code, says = stand_in.check("deaths", stand_in.vectors, stand_in.vectors.parent, case)
+    assert code == 0, says
+
+
+def left_out(engine: dict[str, Any]) -> None:
+    """Engines for steps that were built with another TensorRT."""
+    if engine["kv_layout"] == "step":
+        engine["tensorrt_version"] = "9.9.9.9"
+
+
+@pytest.mark.parametrize(
+    ("record", "damage", "reason"),
+    [
+        (left_out, False, "tensorrt_version differs\n  expected 9.9.9.9"),
+        (lambda entry: None, True, "is incomplete"),
+        (lambda entry: None, False, None),
+    ],
+    ids=["another version", "a damaged file", "all is well"],
+)
+def test_steps_that_cannot_be_used_are_left_out_with_a_warning(
+    stand_in: StandIn, tmp_path: Path, record: Change, damage: bool, reason: str | None
+) -> None:
+    """They are only faster: the others write the same text. As `test_engine_loading.py` has it for Python."""
+    bundle = tmp_path / "bundle"
+    write_bundle(bundle, stand_in.manifests["steps"], stand_in.version, record=record)
+    if damage:
+        for name, entry in stand_in.manifests["steps"]["engines"].items():
+            if entry["kv_layout"] == "step":
+                (bundle / "engines" / name / entry["graphs"]["model"]["file"]).write_bytes(b"short")
+    code, says = stand_in.check("generate", bundle)
+    *warnings, tokens, _ = says.splitlines()
+    _, want = stand_in.check("generate", stand_in.vectors.parent / "steps")
+    assert (code, tokens) == (0, want.splitlines()[0])
+    assert bool(warnings) == (reason is not None)
+    if reason is not None:
+        assert reason in says
+        assert warnings[0].startswith("warning: steps run on the engines for all calls, which are slower: ")
+        assert "--step" in says
+
+
 def test_gsx_run(stand_in: StandIn) -> None:
     """The program itself, with the bundle's draft."""
     want = next(
@@ -126,6 +169,7 @@ ROWS = {
     "an input more": Row("could not run the engine\n  found stand-in: unknown: has no address", plan=more),
     "no K and V": Row("found stand-in: present.0.key: has no address", record=no_present),
     "no run": Row("could not run the engine\n  found stand-in: made to fail", ("failing=enqueueV3",)),
+    "no pinned memory": Row("CUDA failed while pinning", ("failing=cudaMallocHost",)),
     "no memory": Row("bytes\n  found out of memory", ("failing=cudaMalloc",)),
     "no clearing": Row("CUDA failed while clearing memory", ("failing=cudaMemsetAsync",)),
     "no copy": Row("CUDA failed while copying attention_mask to the GPU", ("failing=cudaMemcpyAsync",)),

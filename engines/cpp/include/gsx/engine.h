@@ -53,6 +53,8 @@ struct BoundBuffer {
     int64_t row = 0;
 };
 using Buffers = std::map<std::string, BoundBuffer>;
+// Never changed once a call has used them: with the object of the call before, nothing has to be bound again.
+using SharedBuffers = std::shared_ptr<Buffers const>;
 
 // An engine of one graph. Calls come one at a time.
 class Engine {
@@ -77,7 +79,8 @@ public:
     //   feeds: inputs from the host.
     //   buffers: memory that persists between calls.
     //   results: shapes of the outputs that are wanted on the host.
-    virtual Values run(size_t profile, Values const& feeds, Buffers const& buffers,
+    // Throws EngineError: it failed, and another call may succeed. Throws LostGpuError: none will.
+    virtual Values run(size_t profile, Values const& feeds, SharedBuffers const& buffers,
                        std::map<std::string, Shape> const& results) = 0;
 };
 

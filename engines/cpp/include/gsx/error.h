@@ -47,4 +47,11 @@ public:
     explicit EngineError(std::string const& thing, Facts facts = {}) : Error(thing, std::move(facts)) {}
 };
 
+// A GPU that this process can no longer use: its memory and its engines are gone, and only a new process gets others. End
+// the process, or at least load no model again.
+class LostGpuError : public EngineError {
+public:
+    explicit LostGpuError(std::string const& thing, Facts facts = {}) : EngineError(thing, std::move(facts)) {}
+};
+
 }  // namespace gsx

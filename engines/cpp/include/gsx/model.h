@@ -26,7 +26,8 @@ struct Drafting {
 
 class Model {
 public:
-    // Makes the engine of a graph; called with `model`, or with `draft` and with `verify`.
+    // Makes the engine of a graph; called with `model`, or with `draft` and with `verify`. That of a step may be null: then
+    // the engine for all calls does its work.
     using MakeEngine = std::function<std::unique_ptr<Engine>(std::string const&)>;
 
     // A set of engines: its description, and what makes them.

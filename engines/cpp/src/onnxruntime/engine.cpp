@@ -206,8 +206,9 @@ OnnxRuntimeEngine::OnnxRuntimeEngine(Manifest const& manifest, std::string const
 
 std::shared_ptr<Buffer> OnnxRuntimeEngine::buffer(Shape const&, std::string const&) { return std::make_shared<Columns>(); }
 
-Values OnnxRuntimeEngine::run(size_t, Values const& feeds, Buffers const& buffers,
+Values OnnxRuntimeEngine::run(size_t, Values const& feeds, SharedBuffers const& bound,
                               std::map<std::string, Shape> const& results) {
+    Buffers const& buffers = *bound;
     std::vector<int64_t> const& lengths = intsOf(feeds, names::kWriteAt).data;
     std::vector<int64_t> const counts = countsOf(intsOf(feeds, names::kAttentionMask), lengths);
     int64_t const past = *std::max_element(lengths.begin(), lengths.end());
@@ -215,8 +216,8 @@ Values OnnxRuntimeEngine::run(size_t, Values const& feeds, Buffers const& buffer
     Feeds given;
     for (auto const& [name, type] : mSession.inputs()) {
         if (names::isPast(name)) {
-            BoundBuffer const& bound = buffers.at(name);
-            given.add(name, pastOf(static_cast<Columns&>(*bound.buffer), bound.shape, past, type));
+            BoundBuffer const& own = buffers.at(name);
+            given.add(name, pastOf(static_cast<Columns&>(*own.buffer), own.shape, past, type));
         } else if (auto const value = feeds.find(name); value != feeds.end()) {
             given.add(name, name == names::kAttentionMask ? mask : value->second, type);
         }
@@ -226,8 +227,8 @@ Values OnnxRuntimeEngine::run(size_t, Values const& feeds, Buffers const& buffer
         if (name != names::kKept && name != names::kKeptByToken) wanted.push_back(name);
     }
     size_t const onHost = wanted.size();
-    for (auto const& bound : buffers) {
-        if (names::isPresent(bound.first)) wanted.push_back(bound.first);
+    for (auto const& one : buffers) {
+        if (names::isPresent(one.first)) wanted.push_back(one.first);
     }
     size_t const indices = wanted.size();
     wanted.insert(wanted.end(), mIndices.begin(), mIndices.end());

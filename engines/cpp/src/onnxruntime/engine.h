@@ -27,7 +27,7 @@ public:
 
     std::shared_ptr<Buffer> buffer(Shape const& shape, std::string const& name) override;
     bool runsSomeRows() const override { return false; }
-    Values run(size_t profile, Values const& feeds, Buffers const& buffers,
+    Values run(size_t profile, Values const& feeds, SharedBuffers const& bound,
                std::map<std::string, Shape> const& results) override;
 
 private:

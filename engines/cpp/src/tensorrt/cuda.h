@@ -11,12 +11,13 @@
 
 namespace gsx {
 
-// Throws EngineError with CUDA's message if a call failed; `doing` says what the call was for.
+// Throws EngineError with CUDA's message if a call failed, and LostGpuError if nothing works any more in this process;
+// `doing` says what the call was for.
 void checkCuda(cudaError_t code, std::string const& doing);
 
 // Clear CUDA's last error after a failure that is ignored. Otherwise it would be taken for an error of the next kernel,
-// whose launch is checked by CUDA's last error (CUB, plugins).
-void forgetError(cudaError_t code) noexcept;
+// whose launch is checked by CUDA's last error (CUB, plugins). Throws LostGpuError: it cannot be ignored.
+void forgetError(cudaError_t code);
 
 struct Device {
     std::string name;
@@ -32,6 +33,23 @@ class DeviceMemory final : public Buffer {
 public:
     explicit DeviceMemory(size_t size);
     ~DeviceMemory() override;
+
+    void* address() const noexcept { return mAddress; }
+    size_t size() const noexcept { return mSize; }
+
+private:
+    size_t mSize;
+    void* mAddress = nullptr;
+};
+
+// Host memory of a fixed size, at least one byte, that the GPU copies from and to by itself. Copies of other memory wait for
+// the stream before they begin, and copies to it until they are done.
+class PinnedMemory {
+public:
+    explicit PinnedMemory(size_t size);
+    ~PinnedMemory();
+    PinnedMemory(PinnedMemory const&) = delete;
+    PinnedMemory& operator=(PinnedMemory const&) = delete;
 
     void* address() const noexcept { return mAddress; }
     size_t size() const noexcept { return mSize; }

@@ -25,6 +25,9 @@ constexpr int kCallsBeforeRecording = 2;
 // its verification, and the last windows.
 constexpr size_t kMostRecordings = 32;
 constexpr size_t kLongestError = 600;
+// What is larger crosses to the host seldom (a long prompt's exit state, the logits of all its tokens), and would pin memory
+// for good.
+constexpr size_t kMostPinned = size_t{4} << 20;
 
 bool isRtx() { return std::string(backendName()) == "tensorrt-rtx"; }
 
@@ -154,6 +157,13 @@ std::unique_ptr<nvinfer1::ICudaEngine> TensorRT::deserialize(std::string const& 
     return engine;
 }
 
+void TensorRT::reserveScratch(size_t size) { mScratchSize = std::max(mScratchSize, size); }
+
+std::shared_ptr<DeviceMemory> TensorRT::scratch() {
+    if (!mScratch || mScratch->size() < mScratchSize) mScratch = std::make_shared<DeviceMemory>(mScratchSize);
+    return mScratch;
+}
+
 #ifdef TRT_MAJOR_RTX
 
 // The configuration of an engine's contexts: a cache for the kernels that TensorRT-RTX compiles, loaded from a file and
@@ -161,8 +171,8 @@ std::unique_ptr<nvinfer1::ICudaEngine> TensorRT::deserialize(std::string const& 
 // Engines with an input on the host are not recorded: it is read while a call is prepared, and a replay skips that.
 class CudaEngine::ContextConfig {
 public:
-    ContextConfig(nvinfer1::ICudaEngine& engine, std::filesystem::path path, bool cudaGraphs, Logger& logger)
-        : mPath(std::move(path)), mConfig(engine.createRuntimeConfig()) {
+    ContextConfig(nvinfer1::ICudaEngine& engine, CallOptions const& options, Logger& logger)
+        : mPath(options.kernels), mConfig(engine.createRuntimeConfig()) {
         if (mConfig) mCache.reset(mConfig->createRuntimeCache());
         if (!mCache) throw EngineError("TensorRT-RTX cannot create its kernel cache", {{}, logger.takeError(), {}});
         mKnown = loadKernels(
@@ -170,7 +180,12 @@ public:
         if (!mConfig->setRuntimeCache(*mCache)) {
             throw EngineError("TensorRT-RTX does not accept its kernel cache", {{}, logger.takeError(), {}});
         }
-        if (cudaGraphs && !readsHost(engine) &&
+        mConfig->setExecutionContextAllocationStrategy(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED);
+        if (!options.fixedRows) {
+            mConfig->setDynamicShapesKernelSpecializationStrategy(
+                nvinfer1::DynamicShapesKernelSpecializationStrategy::kNONE);
+        }
+        if (options.cudaGraphs && !readsHost(engine) &&
             !mConfig->setCudaGraphStrategy(nvinfer1::CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE)) {
             throw EngineError("TensorRT-RTX cannot record calls", {{}, logger.takeError(), {}});
         }
@@ -206,9 +221,11 @@ private:
 // TensorRT's engines contain their kernels, and its headers have neither a kernel cache nor recording by TensorRT.
 class CudaEngine::ContextConfig {
 public:
-    ContextConfig(nvinfer1::ICudaEngine&, std::filesystem::path const&, bool, Logger&) {}
+    ContextConfig(nvinfer1::ICudaEngine&, CallOptions const&, Logger&) {}
 
-    nvinfer1::IExecutionContext* newContext(nvinfer1::ICudaEngine& engine) { return engine.createExecutionContext(); }
+    nvinfer1::IExecutionContext* newContext(nvinfer1::ICudaEngine& engine) {
+        return engine.createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED);
+    }
 };
 
 #endif
@@ -226,10 +243,12 @@ public:
             throw EngineError("the engine has no profile " + std::to_string(profile),
                               {{}, logger().takeError(), "build it again with gsx build"});
         }
+        mScratch = owner.mTensorrt->scratch();
+        mContext->setDeviceMemoryV2(mScratch->address(), static_cast<int64_t>(mScratch->size()));
         checkCuda(cudaStreamSynchronize(mStream), "choosing a profile");  // a context that fails here is not kept
     }
 
-    Values run(Values const& feeds, Buffers const& buffers, std::map<std::string, Shape> const& results) {
+    Values run(Values const& feeds, SharedBuffers const& buffers, std::map<std::string, Shape> const& results) {
         Values found;
         for (auto const& [name, shape] : results) {
             Value& value = found[name];
@@ -240,13 +259,7 @@ public:
             }
             checkType(name, viewOf(value));
         }
-        try {
-            call(feeds, buffers, found);
-        } catch (...) {
-            // Copies that were queued before the failure may still read the feeds and write the results.
-            forgetError(cudaStreamSynchronize(mStream));
-            throw;
-        }
+        call(feeds, buffers, found);
         return found;
     }
 
@@ -278,26 +291,31 @@ private:
         }
     }
 
-    void call(Values const& feeds, Buffers const& buffers, Values& found) {
+    void call(Values const& feeds, SharedBuffers const& buffers, Values& found) {
         for (auto const& [name, value] : feeds) give(name, viewOf(value));
-        for (auto const& [name, bound] : buffers) {
-            bind(name, rowsOf(name, bound), bound.shape);
+        if (mLatest.lock() != buffers) {
+            for (auto const& [name, bound] : *buffers) bind(name, rowsOf(name, bound), bound.shape);
+            mLatest = buffers;
         }
         for (auto const& [name, value] : found) {
             HostView const view = viewOf(value);
             bind(name, room(name, view.bytes).address(), view.shape);
         }
         enqueue();
+        std::vector<std::pair<void*, void const*>> staged;  // where results belong, and where they arrive
+        std::vector<size_t> sizes;
         for (auto& [name, value] : found) {
-            std::visit(
-                [&, &named = name](auto& array) {
-                    checkCuda(cudaMemcpyAsync(array.data.data(), room(named, 0).address(),
-                                              array.data.size() * sizeof(array.data[0]), cudaMemcpyDeviceToHost, mStream),
-                              "copying " + named + " from the GPU");
-                },
-                value);
+            HostView const view = viewOf(value);
+            void* const target = std::visit([](auto& array) -> void* { return array.data.data(); }, value);
+            void* const arrives = view.bytes <= kMostPinned ? pinned(name, view.bytes) : target;
+            checkCuda(cudaMemcpyAsync(arrives, room(name, 0).address(), view.bytes, cudaMemcpyDeviceToHost, mStream),
+                      "copying " + name + " from the GPU");
+            if (arrives == target || view.bytes == 0) continue;
+            staged.emplace_back(target, arrives);
+            sizes.push_back(view.bytes);
         }
         checkCuda(cudaStreamSynchronize(mStream), "running the engine");
+        for (size_t i = 0; i < staged.size(); ++i) std::memcpy(staged[i].first, staged[i].second, sizes[i]);
     }
 
     // Pass an input to the engine.
@@ -309,7 +327,11 @@ private:
         }
         DeviceMemory& memory = room(name, view.bytes);
         bind(name, memory.address(), view.shape);
-        checkCuda(cudaMemcpyAsync(memory.address(), view.data, view.bytes, cudaMemcpyHostToDevice, mStream),
+        void const* data = view.data;
+        if (view.bytes > 0 && view.bytes <= kMostPinned) {
+            data = std::memcpy(pinned(name, view.bytes), view.data, view.bytes);
+        }
+        checkCuda(cudaMemcpyAsync(memory.address(), data, view.bytes, cudaMemcpyHostToDevice, mStream),
                   "copying " + name + " to the GPU");
     }
 
@@ -328,11 +350,19 @@ private:
         return *memory;
     }
 
+    // Pinned host memory for a copy of a tensor, kept across calls.
+    void* pinned(std::string const& name, size_t size) {
+        std::unique_ptr<PinnedMemory>& memory = mPinned[name];
+        if (!memory || memory->size() < size) memory = std::make_unique<PinnedMemory>(roundedUp(size));
+        return memory->address();
+    }
+
     void bind(std::string const& name, void* address, Shape const& shape) {
         auto const bound = mBound.find(name);
         if (bound != mBound.end() && bound->second.address == address && bound->second.shape == shape) return;
         // First of all: if a part of this fails, the next call starts from scratch.
         mKind = nullptr;
+        mLatest.reset();
         mBound.erase(name);
         bool const isInput = mOwner.mEngine->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
         if (isInput && !mContext->setInputShape(name.c_str(), dimsOf(shape, name))) {
@@ -411,22 +441,27 @@ private:
 
     CudaEngine& mOwner;
     cudaStream_t mStream;
+    std::shared_ptr<DeviceMemory> mScratch;  // outlives the context, which computes in it
     std::unique_ptr<nvinfer1::IExecutionContext> mContext;
     std::map<std::string, std::unique_ptr<DeviceMemory>> mMemory;
+    std::map<std::string, std::unique_ptr<PinnedMemory>> mPinned;
     std::map<std::string, HostMemory> mHostMemory;
     std::map<std::string, Binding> mBound;
+    // What the latest call bound. (Weakly: a context must not keep the memory of a cache that is gone.)
+    std::weak_ptr<Buffers const> mLatest;
     // By shapes and addresses; and the one of the current bindings, once it is looked up.
     std::map<std::map<std::string, Binding>, Kind> mKinds;
     Kind* mKind = nullptr;
     uint64_t mUses = 0;
 };
 
-CudaEngine::CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs,
-                       std::filesystem::path const& kernels)
+CudaEngine::CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, CallOptions const& options)
     : mTensorrt(std::move(tensorrt)),
       mEngine(mTensorrt->deserialize(plan)),
-      mConfig(std::make_unique<ContextConfig>(*mEngine, kernels, cudaGraphs, mTensorrt->logger())),
-      mRecords(cudaGraphs && !isRtx() && !readsHost(*mEngine)) {}
+      mConfig(std::make_unique<ContextConfig>(*mEngine, options, mTensorrt->logger())),
+      mRecords(options.cudaGraphs && !isRtx() && !readsHost(*mEngine)) {
+    mTensorrt->reserveScratch(static_cast<size_t>(mEngine->getDeviceMemorySizeV2()));
+}
 
 CudaEngine::~CudaEngine() = default;
 
@@ -454,11 +489,18 @@ Array<float> CudaEngine::read(BoundBuffer const& rows, std::string const& name) 
     return found;
 }
 
-Values CudaEngine::run(size_t profile, Values const& feeds, Buffers const& buffers,
+Values CudaEngine::run(size_t profile, Values const& feeds, SharedBuffers const& buffers,
                        std::map<std::string, Shape> const& results) {
-    std::unique_ptr<Context>& context = mContexts[profile];
-    if (!context) context = std::make_unique<Context>(*this, profile);
-    return context->run(feeds, buffers, results);
+    try {
+        std::unique_ptr<Context>& context = mContexts[profile];
+        if (!context) context = std::make_unique<Context>(*this, profile);
+        return context->run(feeds, buffers, results);
+    } catch (...) {
+        // Copies that were queued before the failure may still read the feeds and write the results. And what TensorRT only
+        // refused may be the end of the GPU.
+        forgetError(cudaStreamSynchronize(mTensorrt->stream()));
+        throw;
+    }
 }
 
 }  // namespace gsx

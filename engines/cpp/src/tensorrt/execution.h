@@ -42,27 +42,42 @@ public:
     Logger& logger() noexcept { return mLogger; }
     // Engines share K/V buffers, so the calls of all of them are in one order.
     cudaStream_t stream() const noexcept { return mStream.get(); }
+    // Device memory in which contexts compute, one block for all, since their calls are in one order. By itself each context
+    // has a block of its own, as large as the largest call of any profile needs. `reserveScratch` makes room for an engine;
+    // contexts made before keep the block that they have.
+    void reserveScratch(size_t size);
+    std::shared_ptr<DeviceMemory> scratch();
 
 private:
     Logger mLogger;
     std::unique_ptr<nvinfer1::IRuntime> mRuntime;
     Stream mStream;
+    size_t mScratchSize = 0;
+    std::shared_ptr<DeviceMemory> mScratch;
+};
+
+// What an engine's calls are like.
+struct CallOptions {
+    // Record calls of the same shapes and replay them. TensorRT-RTX records by itself if it was built with its own headers: a
+    // recording of ours would keep its general kernels instead of those that it compiles for the shapes.
+    bool cudaGraphs;
+    // The host knows how many rows each branch runs on. Where the GPU counts them, nearly every prompt has new numbers in
+    // every layer: compiling kernels for these would take the processor that waits for the GPU. (Only TensorRT-RTX compiles.)
+    bool fixedRows;
+    // File for the kernels that TensorRT-RTX compiles (kernel_cache.h); they are saved when the engine is destroyed. Ignored
+    // with TensorRT, whose engines contain their kernels, and without TensorRT-RTX's own headers.
+    std::filesystem::path kernels;
 };
 
 // A deserialized engine, and a context for each profile that has been used.
 class CudaEngine final : public Engine {
 public:
-    // `cudaGraphs`: record calls of the same shapes and replay them. TensorRT-RTX records by itself if it was built with its
-    // own headers: a recording of ours would keep its general kernels instead of those that it compiles for the shapes.
-    // `kernels`: file for the kernels that TensorRT-RTX compiles (kernel_cache.h); they are saved when the engine is
-    // destroyed. Ignored with TensorRT, whose engines contain their kernels, and without TensorRT-RTX's own headers.
-    CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs,
-               std::filesystem::path const& kernels);
+    CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, CallOptions const& options);
     ~CudaEngine() override;
 
     std::shared_ptr<Buffer> buffer(Shape const& shape, std::string const& name) override;
     Array<float> read(BoundBuffer const& rows, std::string const& name) override;
-    Values run(size_t profile, Values const& feeds, Buffers const& buffers,
+    Values run(size_t profile, Values const& feeds, SharedBuffers const& buffers,
                std::map<std::string, Shape> const& results) override;
 
 private:

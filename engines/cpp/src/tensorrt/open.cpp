@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "gsx/error.h"
 #include "gsx/tensorrt.h"
 #include "kernel_cache.h"
 #include "loading.h"
@@ -32,7 +33,7 @@ Model openModel(std::filesystem::path const& directory, Drafting const& drafting
     Device const device = firstDevice();
     Machine const machine{tensorrtVersion(), platformName(), device.name, device.capability};
     EngineSet const engines = findEngines(bundle, backendName(), machine, options.pluginLibrary);
-    std::vector<EngineSet> const steps = findSteps(bundle, engines, machine, options.pluginLibrary);
+    std::vector<EngineSet> const steps = findSteps(bundle, engines, machine, options.pluginLibrary, options.onWarning);
     std::string const command = buildCommand(bundle, backendName());
     std::optional<std::filesystem::path> library = engines.library;
     for (EngineSet const& one : steps) {
@@ -43,12 +44,27 @@ Model openModel(std::filesystem::path const& directory, Drafting const& drafting
         return [&set, &command, &options, &device, tensorrt](std::string const& graph) -> std::unique_ptr<Engine> {
             std::string const plan = readEngine(set, graph, command);
             EngineGraph const& record = set.entry->graphs.at(graph);
-            return std::make_unique<CudaEngine>(tensorrt, plan, options.cudaGraphs && recordable(record),
-                                                kernelCachePath(record.file.sha256, device.capability));
+            bool const fixedRows = recordable(record);
+            return std::make_unique<CudaEngine>(
+                tensorrt, plan,
+                CallOptions{options.cudaGraphs && fixedRows, fixedRows,
+                            kernelCachePath(record.file.sha256, device.capability)});
+        };
+    };
+    auto const stepOf = [&](EngineSet const& set) {
+        return [&options, make = engineOf(set)](std::string const& graph) -> std::unique_ptr<Engine> {
+            try {
+                return make(graph);
+            } catch (LostGpuError const&) {
+                throw;
+            } catch (EngineError const& error) {  // a damaged file, or no memory for the weights once more
+                leftOut(error, options.onWarning);
+                return nullptr;
+            }
         };
     };
     std::vector<Model::Engines> made;
-    for (EngineSet const& one : steps) made.push_back({*one.entry, engineOf(one)});
+    for (EngineSet const& one : steps) made.push_back({*one.entry, stepOf(one)});
     return Model(bundle, *engines.entry, engineOf(engines), drafting, made);
 }
 

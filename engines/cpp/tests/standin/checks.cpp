@@ -4,6 +4,8 @@
 //   gsx_standin failures GENERATION.json BUNDLES CASE
 //       repeats one case with several prompts, and makes each call of CUDA and TensorRT fail in turn; afterwards the same
 //       model must still work
+//   gsx_standin deaths GENERATION.json BUNDLES CASE
+//       the same, but the GPU is lost at each call in turn: every later call must say so, and everything is freed
 //   gsx_standin generate BUNDLE [SETTING...]
 //       one generation from a fixed prompt: prints its tokens, or the error
 // A setting is NAME=VALUE: graphs=0, plugins=FILE, or one of standin.h: devices, major, records, reuse, failing.
@@ -28,6 +30,7 @@ namespace {
 
 gsx::GpuOptions settingsOf(std::vector<std::string> const& settings) {
     gsx::GpuOptions options;
+    options.onWarning = [](std::string const& text) { std::cout << "warning: " << text << "\n"; };
     std::map<std::string, std::function<void(std::string const&)>> const known = {
         {"graphs", [&](std::string const& value) { options.cudaGraphs = value != "0"; }},
         {"plugins", [&](std::string const& value) { options.pluginLibrary = value; }},
@@ -74,7 +77,41 @@ public:
         for (int64_t number = 1; number <= all; ++number) fail(number);
     }
 
+    // From the first generation's calls on; before, a program has no model yet.
+    void dieAtEach() {
+        int64_t calls = 0;
+        {
+            gsx::Model model = open();
+            int64_t const before = standin::calls();
+            generate(model);
+            calls = standin::calls() - before;
+        }
+        compare("blocks of scratch memory", standin::scratchBlocks(), 1);
+        for (int64_t number = 1; number <= calls; ++number) die(number);
+    }
+
 private:
+    void die(int64_t number) {
+        std::string const when = "the GPU was lost at call " + std::to_string(number);
+        {
+            gsx::Model model = open();
+            standin::dieAt(standin::calls() + number);
+            for (int i = 0; i < 2; ++i) {
+                std::string said = "no error";
+                try {
+                    generate(model);
+                } catch (gsx::LostGpuError const& error) {
+                    said = "lost";
+                } catch (gsx::Error const& error) {
+                    said = error.what();
+                }
+                compare(when, said, "lost");
+            }
+        }
+        standin::revive();
+        compareLeftovers(when);
+    }
+
     void fail(int64_t number) {
         {
             std::optional<gsx::Model> model;
@@ -113,9 +150,11 @@ private:
     std::string mDirectory;
 };
 
-void repeatFailures(json const& file, std::string const& bundles, std::string const& name) {
+void repeatFailures(json const& file, std::string const& bundles, std::string const& name, bool deaths) {
     for (json const& one : file.at("cases")) {
-        if (one.value("name", "") == name && one.at("prompts").size() > 1) return Failing(one, bundles).eachInTurn();
+        if (one.value("name", "") != name || one.at("prompts").size() < 2) continue;
+        Failing failing(one, bundles);
+        return deaths ? failing.dieAtEach() : failing.eachInTurn();
     }
 }
 
@@ -148,11 +187,11 @@ int main(int count, char** arguments) {
                                            repeatVectors(file, words[2], options);
                                        }}});
     }
-    if (words.size() == 4 && words[0] == "failures") {
+    if (words.size() == 4 && (words[0] == "failures" || words[0] == "deaths")) {
         return compareFile(words[1], {{"generation.json", [&](json const& file) {
-                                           repeatFailures(file, words[2], words[3]);
+                                           repeatFailures(file, words[2], words[3], words[0] == "deaths");
                                        }}});
     }
-    std::cerr << "usage: gsx_standin vectors|failures|generate ...\n";
+    std::cerr << "usage: gsx_standin vectors|failures|deaths|generate ...\n";
     return 2;
 }

@@ -130,10 +130,22 @@ std::map<cudaStream_t, std::unique_ptr<CUstream_st>>& streams() {
     return all;
 }
 
+// Memory of the host that the device copies from and to.
+struct Pinned : standin::Counted {
+    explicit Pinned(size_t size) : bytes(size) {}
+    std::vector<unsigned char> bytes;
+};
+
+std::map<void*, std::unique_ptr<Pinned>>& pinned() {
+    static std::map<void*, std::unique_ptr<Pinned>> all;
+    return all;
+}
+
 cudaError_t gLast = cudaSuccess;
 
 // Ends a call: an error also becomes CUDA's last error.
 cudaError_t ended(cudaError_t code) {
+    if (code != cudaSuccess && standin::isDead()) code = cudaErrorIllegalAddress;
     if (code != cudaSuccess) gLast = code;
     return code;
 }
@@ -199,6 +211,12 @@ bool isRecording(cudaStream_t stream) { return stream->recording; }
 void breakRecording(cudaStream_t stream) { stream->broken = true; }
 cudaError_t lastError() { return gLast; }
 
+void revive() {
+    dieAt(0);
+    takeFailed();
+    gLast = cudaSuccess;
+}
+
 }  // namespace standin
 
 extern "C" {
@@ -230,7 +248,23 @@ char const* cudaGetErrorString(cudaError_t code) {
     }
 }
 
-cudaError_t cudaGetLastError() { return std::exchange(gLast, cudaSuccess); }
+cudaError_t cudaGetLastError() { return std::exchange(gLast, standin::isDead() ? cudaErrorIllegalAddress : cudaSuccess); }
+
+cudaError_t cudaMallocHost(void** address, size_t size) {
+    if (standin::fails("cudaMallocHost")) return ended(cudaErrorMemoryAllocation);
+    if (size == 0) return wrong("cudaMallocHost of no bytes");
+    auto block = std::make_unique<Pinned>(size);
+    *address = block->bytes.data();
+    pinned()[*address] = std::move(block);
+    return cudaSuccess;
+}
+
+// Waits for the device, like CUDA's own.
+cudaError_t cudaFreeHost(void* address) {
+    for (auto const& [handle, stream] : streams()) finish(*stream);
+    if (address != nullptr && pinned().erase(address) == 0) return wrong("cudaFreeHost of an address that is not pinned");
+    return cudaSuccess;
+}
 
 cudaError_t cudaMalloc(void** address, size_t size) {
     if (standin::fails("cudaMalloc")) return ended(cudaErrorMemoryAllocation);

@@ -71,7 +71,7 @@ gsx::Values Plan::run(size_t profile, gsx::Values const& inputs, std::map<std::s
         buffers[names::kLogits] = {logits, outputs.at(names::kLogits)};
         results.erase(names::kLogits);
     }
-    gsx::Values found = ToyEngine(mManifest, mGraph, digest()).run(profile, inputs, buffers, results);
+    gsx::Values found = ToyEngine(mManifest, mGraph, digest()).run(profile, inputs, std::make_shared<gsx::Buffers const>(buffers), results);
     if (results.size() < outputs.size()) found[names::kLogits] = std::move(logits->array);
     for (auto& [name, content] : caches) content = std::move(static_cast<ToyBuffer&>(*buffers.at(name).buffer).array);
     return found;

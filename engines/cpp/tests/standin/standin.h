@@ -46,6 +46,12 @@ int64_t graphLaunches();
 // Make the call with this number fail once (0: none), or every call of a function ("": none).
 void failAt(int64_t call);
 void failAlways(std::string const& name);
+// Let the GPU die at the call with this number: it and all later ones fail, as after an illegal address. `revive` makes
+// calls work again, as a new process does.
+void dieAt(int64_t call);
+void revive();
+// How many blocks of memory contexts have computed in since the process began.
+size_t scratchBlocks();
 // The name of the call that `failAt` made fail; empty if it was not reached.
 std::string takeFailed();
 

@@ -1,5 +1,6 @@
 #include "state.h"
 
+#include <set>
 #include <utility>
 
 namespace standin {
@@ -14,6 +15,8 @@ struct State {
     int64_t calls = 0;
     int64_t launches = 0;
     int64_t failing = 0;
+    int64_t dying = 0;
+    std::set<void const*> scratch;
     std::string failingName;
     std::string failed;
 };
@@ -32,6 +35,8 @@ int64_t alive() { return state().alive; }
 int64_t calls() { return state().calls; }
 int64_t graphLaunches() { return state().launches; }
 void failAt(int64_t call) { state().failing = call; }
+void dieAt(int64_t call) { state().dying = call; }
+size_t scratchBlocks() { return state().scratch.size(); }
 void failAlways(std::string const& name) { state().failingName = name; }
 std::string takeFailed() { return std::exchange(state().failed, {}); }
 
@@ -40,11 +45,13 @@ void misuse(std::string const& text) { state().misuse.push_back(text); }
 bool fails(char const* name) {
     State& one = state();
     ++one.calls;
-    if (one.calls != one.failing && one.failingName != name) return false;
+    if (!isDead() && one.calls != one.failing && one.failingName != name) return false;
     one.failed = name;
     return true;
 }
 
+bool isDead() { return state().dying > 0 && state().calls >= state().dying; }
+void noteScratch(void const* memory) { state().scratch.insert(memory); }
 void countLaunch() { ++state().launches; }
 gsx::Sha256& digest() { return state().digest; }
 

@@ -20,7 +20,12 @@ void misuse(std::string const& text);
 // Called at the beginning of every function that can fail. Returns whether it must fail.
 bool fails(char const* name);
 
+// Whether the GPU is lost: nothing works any more (`dieAt`).
+bool isDead();
+
 void countLaunch();
+// A context computed in this memory.
+void noteScratch(void const* memory);
 
 // The digest of all calls of engines.
 gsx::Sha256& digest();

@@ -18,6 +18,8 @@
 namespace standin {
 namespace {
 
+// What an engine computes in.
+constexpr int64_t kScratchBytes = 1000;
 // Required of every address that a context is given.
 constexpr uintptr_t kAlignment = 256;
 
@@ -119,6 +121,11 @@ public:
         return true;
     }
 
+    void setDeviceMemoryV2(void* memory, int64_t size) noexcept override {
+        if (size < kScratchBytes || reinterpret_cast<uintptr_t>(memory) % kAlignment != 0) misuse("too little scratch memory");
+        mScratch = memory;
+    }
+
     bool setInputShape(char const* name, Dims const& dims) noexcept override {
         if (fails("setInputShape")) return refuse(mLogger, "made to fail");
         auto const found = mPlan->tensors().find(name);
@@ -180,6 +187,7 @@ private:
             // TensorRT initializes for new shapes in the first call with them.
             if (!mIsInitialized) return "shapes or profile are new, so a call must be made before one can be recorded";
         }
+        if (mScratch == nullptr) return "the context has no device memory";
         Call call{mPlan, mProfile, {}, {}, {}, {}};
         std::map<std::string, int64_t> sizes;
         std::set<void const*> addresses;
@@ -190,8 +198,11 @@ private:
                 if (!reason.empty()) return name + ": " + reason;
             }
         }
-        enqueue(stream, [call = std::move(call), ready = mReady, context = std::weak_ptr<bool>(mAlive)] {
+        enqueue(stream, [call = std::move(call), ready = mReady, context = std::weak_ptr<bool>(mAlive), scratch = mScratch] {
             if (context.expired()) throw IllegalAccess("a recording of a context that is gone");
+            std::vector<unsigned char> const rubbish(kScratchBytes, 0xFF);
+            writeDevice(scratch, rubbish.data(), rubbish.size(), "scratch memory");
+            noteScratch(scratch);
             if (!*ready) throw IllegalAccess("the stream did not wait for the optimization profile");
             call.run();
         });
@@ -246,6 +257,7 @@ private:
     size_t mProfile = 0;
     std::map<std::string, gsx::Shape> mShapes;
     std::map<std::string, void*> mAddresses;
+    void* mScratch = nullptr;
     bool mIsInitialized = false;
     std::shared_ptr<bool> mReady = std::make_shared<bool>(true);
     std::shared_ptr<bool> mAlive = std::make_shared<bool>(true);
@@ -261,7 +273,10 @@ public:
 
     ICudaEngine* getPImpl() noexcept override { return this; }
 
-    IExecutionContext* createExecutionContext(ExecutionContextAllocationStrategy) noexcept override {
+    int64_t getDeviceMemorySizeV2() const noexcept override { return kScratchBytes; }
+
+    IExecutionContext* createExecutionContext(ExecutionContextAllocationStrategy strategy) noexcept override {
+        if (strategy != ExecutionContextAllocationStrategy::kUSER_MANAGED) misuse("a context with memory of its own");
         if (!fails("createExecutionContext")) return new Context(mPlan, mLogger, mOwner.share());
         refuse(mLogger, "no memory");
         return nullptr;
