@@ -17,7 +17,7 @@ from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of, write_manifest
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, PluginLibrary
 from gsx_engines.errors import EngineError
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.select import open_runner
 from gsx_engines.tensorrt import cuda, execution, loading
 from gsx_engines.tensorrt.backend import platform_name

@@ -23,7 +23,7 @@ from gsx.torch_runtime import TorchRuntime
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import controls_for
 from gsx_engines.errors import EngineError, LostGpuError
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.serving import http_server
 from gsx_engines.serving.request import Request
