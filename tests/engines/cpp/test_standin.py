@@ -79,8 +79,8 @@ def test_steps_that_cannot_be_used_are_left_out_with_a_warning(
     write_bundle(bundle, stand_in.manifests["steps"], stand_in.version, record=record)
     if damage:
         for name, entry in stand_in.manifests["steps"]["engines"].items():
-            if entry["kv_layout"] == "step":
-                (bundle / "engines" / name / entry["graphs"]["model"]["file"]).write_bytes(b"short")
+            for graph in entry["graphs"].values() if entry["kv_layout"] == "step" else ():
+                (bundle / "engines" / name / graph["file"]).write_bytes(b"short")
     code, says = stand_in.check("generate", bundle)
     *warnings, tokens, _ = says.splitlines()
     _, want = stand_in.check("generate", stand_in.vectors.parent / "steps")
