@@ -127,6 +127,13 @@ std::string buildCommand(Bundle const& bundle, std::string const& backend) {
     return "gsx build " + bundle.directory.string() + " --backend " + backend;
 }
 
+std::string buildCommand(Bundle const& bundle, EngineEntry const& entry) {
+    std::string const command = buildCommand(bundle, entry.backend);
+    if (entry.kvLayout != kStepLayout) return command;
+    EngineProfile const& sizes = entry.profiles.front();
+    return command + " --batch " + std::to_string(sizes.batch.most) + " --step " + std::to_string(sizes.tokens.most);
+}
+
 void requireEngines(Bundle const& bundle, std::string const& backend) {
     std::vector<std::string> others;
     for (auto const& [name, entry] : bundle.manifest.engines) {
@@ -170,8 +177,7 @@ std::vector<EngineSet> findSteps(Bundle const& bundle, EngineSet const& engines,
         bool const shares = entry.backend == general.backend && entry.capacity == general.capacity;
         if (entry.kvLayout != kStepLayout || !shares) continue;
         std::pair const size(entry.profiles.front().batch.most, entry.profiles.front().tokens.most);
-        std::string const command = buildCommand(bundle, general.backend) + " --batch " + std::to_string(size.first) +
-                                    " --step " + std::to_string(size.second);
+        std::string const command = buildCommand(bundle, entry);
         std::optional<fs::path> const library =
             entry.plugins ? findLibrary(plugins, *entry.plugins) : std::optional<fs::path>();
         std::optional<EngineError> problem = difference(bundle, name, entry, machine, library, command, kStepLayout);

@@ -53,8 +53,9 @@ void leftOut(EngineError const& problem, Warn const& warn);
 // An engine's content, checked by size and hash. Throws EngineError: no such engine, a missing or changed file.
 std::string readEngine(EngineSet const& engines, std::string const& graph, std::string const& command);
 
-// The command that builds a bundle's engines: `gsx build BUNDLE --backend BACKEND`.
+// The command that builds a bundle's engines: `gsx build BUNDLE --backend BACKEND`; and a set of them again.
 std::string buildCommand(Bundle const& bundle, std::string const& backend);
+std::string buildCommand(Bundle const& bundle, EngineEntry const& entry);
 
 // Operating system and processor, which an engine is tied to, e.g. "linux-x86_64".
 std::string platformName();

@@ -466,10 +466,10 @@ def open_stage(
     from gsx_engines.tensorrt import cuda
     from gsx_engines.tensorrt.execution import CudaEngine
     from gsx_engines.tensorrt.kernel_cache import kernel_cache_path
-    from gsx_engines.tensorrt.loading import EngineSet, find_engines, find_steps, left_out, read_engine
+    from gsx_engines.tensorrt.loading import EngineSet, build_command, find_engines, find_steps, left_out, read_engine
 
     def opened(engines: EngineSet, beside: CudaEngine | None) -> CudaEngine:
-        plan = read_engine(engines, graph, f"gsx build {bundle.directory} --backend {backend}")
+        plan = read_engine(engines, graph, build_command(bundle, engines.entry))
         made = engines.entry.graphs[graph]
         recordable = not any(made.forms.get(choice) == "plugin" for choice in CHOICES)
         kernels = None

@@ -110,8 +110,7 @@ def find_steps(bundle: Bundle, found: EngineSet) -> list[EngineSet]:
         if (entry.backend, entry.kv_layout, entry.capacity) != (found.entry.backend, "step", found.entry.capacity):
             continue
         size = entry.profiles[0].batch.most, entry.profiles[0].tokens.most
-        command = f"gsx build {bundle.directory} --backend {entry.backend} --batch {size[0]} --step {size[1]}"
-        problem = difference(bundle, name, entry, machine, command, kv_layout="step")
+        problem = difference(bundle, name, entry, machine, build_command(bundle, entry), kv_layout="step")
         if problem is None:
             fitting[size] = EngineSet(bundle.directory / ENGINES / name, entry, library if entry.plugins else None)
         else:
@@ -120,6 +119,13 @@ def find_steps(bundle: Bundle, found: EngineSet) -> list[EngineSet]:
         if size not in fitting:
             left_out(problem)
     return list(fitting.values())
+
+
+def build_command(bundle: Bundle, entry: EngineEntry) -> str:
+    """The command that builds a set of engines again."""
+    sizes = entry.profiles[0]
+    step = f" --batch {sizes.batch.most} --step {sizes.tokens.most}" if entry.kv_layout == "step" else ""
+    return f"gsx build {bundle.directory} --backend {entry.backend}{step}"
 
 
 def left_out(problem: EngineError) -> None:

@@ -34,15 +34,14 @@ Model openModel(std::filesystem::path const& directory, Drafting const& drafting
     Machine const machine{tensorrtVersion(), platformName(), device.name, device.capability};
     EngineSet const engines = findEngines(bundle, backendName(), machine, options.pluginLibrary);
     std::vector<EngineSet> const steps = findSteps(bundle, engines, machine, options.pluginLibrary, options.onWarning);
-    std::string const command = buildCommand(bundle, backendName());
     std::optional<std::filesystem::path> library = engines.library;
     for (EngineSet const& one : steps) {
         if (!library) library = one.library;
     }
     auto const tensorrt = std::make_shared<TensorRT>(library);
     auto const engineOf = [&](EngineSet const& set) {
-        return [&set, &command, &options, &device, tensorrt](std::string const& graph) -> std::unique_ptr<Engine> {
-            std::string const plan = readEngine(set, graph, command);
+        return [&, &set = set, tensorrt](std::string const& graph) -> std::unique_ptr<Engine> {
+            std::string const plan = readEngine(set, graph, buildCommand(bundle, *set.entry));
             EngineGraph const& record = set.entry->graphs.at(graph);
             bool const fixedRows = recordable(record);
             return std::make_unique<CudaEngine>(
