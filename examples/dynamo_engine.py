@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import re
+import signal
 import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -30,6 +32,7 @@ from dynamo.llm.exceptions import InvalidArgument, WorkerUnavailable
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.chat import template_in
+from gsx_engines.errors import LostGpuError
 from gsx_engines.sampling import Sampling
 from gsx_engines.serving.request import Finished, NewTokens, OverloadedError, Request
 from gsx_engines.serving.scheduler import Scheduler
@@ -85,10 +88,18 @@ class GsxEngine(LLMEngine):
         own = bundle.manifest.draft.draft if bundle.manifest.draft else None
         runner = open_draft_runner(bundle, own, options.threads, options.backend)
         self._scheduler = Scheduler(runner, slots=options.slots, queue=options.queue)
-        self._thread = threading.Thread(target=self._scheduler.run, name="scheduler", daemon=True)
+        await asyncio.to_thread(self._scheduler.warm_up)
+        self._thread = threading.Thread(target=self._work, args=(self._scheduler,), name="scheduler", daemon=True)
         self._thread.start()
         registration = LlmRegistration(context_length=self._scheduler.context, max_num_seqs=options.slots)
         return EngineConfig(model=str(options.bundle.resolve()), served_model_name=options.name, llm=registration)
+
+    @staticmethod
+    def _work(scheduler: Scheduler) -> None:
+        """Make all steps. A worker that has lost its GPU ends as it does by a signal: Dynamo sends requests to others."""
+        scheduler.run()
+        if scheduler.failure is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     async def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[GenerateChunk, None]:
         """See `LLMEngine`."""
@@ -110,7 +121,7 @@ class GsxEngine(LLMEngine):
                 yield {"token_ids": list(event.ids), "index": 0}
         except UsageError as error:
             raise InvalidArgument(error.message) from error
-        except OverloadedError as error:
+        except (OverloadedError, LostGpuError) as error:
             raise WorkerUnavailable(error.message) from error
         finally:
             client.left = True
