@@ -96,7 +96,7 @@ class GsxEngine(LLMEngine):
 
     @staticmethod
     def _work(scheduler: Scheduler) -> None:
-        """Make all steps. A worker that has lost its GPU ends as it does by a signal: Dynamo sends requests to others."""
+        """Make all steps. A worker that has lost its GPU ends as it does by a signal."""
         scheduler.run()
         if scheduler.failure is not None:
             os.kill(os.getpid(), signal.SIGTERM)
