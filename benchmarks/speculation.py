@@ -28,7 +28,8 @@ from gsx.benchmarking.rounds import repeated
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings
-from gsx_engines.generation import GenerationStats, generate
+from gsx_engines.generation.generate import generate
+from gsx_engines.generation.stats import GenerationStats
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import GREEDY, Sampling
 from gsx_engines.speculation.draft import open_draft

@@ -20,7 +20,7 @@ from gsx.parity.difference import Accumulator, Comparison
 from gsx.parity.store import Rows
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
-from gsx_engines.generation import Generated, generate
+from gsx_engines.generation.generate import Generated, generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import Backend, open_runner, open_split_runner

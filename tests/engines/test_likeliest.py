@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.drafts import BudgetDraft
 from gsx_engines.errors import EngineError
-from gsx_engines.generation import Generation, generate
+from gsx_engines.generation.generate import Generation, generate
 from gsx_engines.likeliest import Likeliest
 from gsx_engines.lowering.for_tensorrt.likeliest import MOST_LIKELY
 from gsx_engines.runners.portable import PortableStage

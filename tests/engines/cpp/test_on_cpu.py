@@ -16,7 +16,7 @@ import gsx
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings
-from gsx_engines.generation import Generation, generate
+from gsx_engines.generation.generate import Generation, generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.split import SplitRunner
