@@ -22,7 +22,7 @@ from gsx.workflows.verify import verify
 from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import controls_for
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner, open_split_runner
