@@ -58,8 +58,8 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 # Of logits in units of the largest: products of other shapes add in another order; bfloat16 has 8 bits.
 CLOSE = {"fp32": 1e-5, "bf16": 3e-2}
-# ONNX Runtime's products of 8-bit weights may round their inputs to 8 bits too: those of a table that the embedding
-# shares do, those of a head of its own do not.
+# A table in 8 bits that the embedding shares has another product in ONNX Runtime than a head of its own: one that
+# rounds its inputs to 8 bits (`lowering/for_onnxruntime/quantized.py`).
 ROUNDED = 1e-2
 
 
@@ -72,7 +72,7 @@ def logits_of(runner: SplitRunner) -> np.ndarray:
     """The draft's logits over a prompt, [S, V]."""
     ids = np.array(PROMPTS[:1])
     controls = controls_for(runner.manifest)
-    return runner.draft(runner.new_cache(1, 16), ids, controls, logits="all").logits[0]
+    return np.asarray(runner.draft(runner.new_cache(1, 16), ids, controls, logits="all").logits[0])
 
 
 def check_logits(few: Bundle, whole: Bundle) -> None:
