@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import adaptive, branches, hold, profile, real, rules, speculation
+from benchmarks import adaptive, branches, hold, own_texts, profile, real, rules, speculation
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from tests.tiny import tiny_checkpoint
 
@@ -33,6 +34,7 @@ SCRIPTS = (
         "model",
         "openai_serving",
         "openai_soak",
+        "own_texts",
         "profile",
         "quantization",
         "real",
@@ -115,6 +117,18 @@ def test_speculation_changes_no_token(
     ]
 
 
+def test_a_smaller_head_changes_no_token(
+    make_tiny_bundle: Callable[..., Path], tiny_gated: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, options in (("all", {}), ("40", {"draft_vocabulary": 40})):
+        (work / f"exit_1-{name}").symlink_to(
+            make_tiny_bundle(draft="exit:1", **options)
+        )  # which other tests export too
+    arguments = ["--model", str(tiny_gated), "--exits", "1", "--prompts", "2", "--vocabularies", "40"]
+    speculation.main(["vocabulary", "--work", str(work), "--quick", "--threads", "1", *arguments])
+    assert [line[:3:2] for line in lines_of(capsys)] == [["259", "2"], ["40", "2"]]
+
+
 def test_drafts_of_fewer_loops_change_no_token(tmp_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_checkpoint(tmp_path / "model", "dory", tokenizer=True)
     loops = open_checkpoint(model).config.loops
@@ -136,3 +150,17 @@ def test_quality_of_the_model_as_it_is(
     assert name == real.BASE
     assert divergence.startswith("0.0000 (0.0000 to 0.0000)")
     assert differing.startswith("0.0%")
+
+
+def test_texts_of_a_model(tiny_bundle: Path, tiny_gated: Path, tmp_path: Path) -> None:
+    for name in ("train", "heldout"):
+        rows = ({"text": f"line {number}\nof {name}: " + "some words " * 120} for number in range(3))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own" / "bundles").mkdir(parents=True)
+    (tmp_path / "own" / "bundles" / "dense").symlink_to(tiny_bundle)
+    sizes = ["--rows", "3", "--held-out", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--batch", "2"]
+    own_texts.main([str(tmp_path), str(tmp_path / "own"), "--model", str(tiny_gated), "--threads", "1", *sizes])
+    made = [json.loads(line)["text"] for line in (tmp_path / "own" / "heldout.jsonl").read_text().splitlines()]
+    assert len(made) == 2
+    assert all(text for text in made)
+    assert len((tmp_path / "own" / "train.jsonl").read_text().splitlines()) >= 3
