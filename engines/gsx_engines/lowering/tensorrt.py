@@ -60,6 +60,7 @@ from gsx_engines.lowering.for_tensorrt.inputs import (
 from gsx_engines.lowering.for_tensorrt.likeliest import offer_likeliest
 from gsx_engines.lowering.for_tensorrt.predicated import predicate_branches
 from gsx_engines.lowering.for_tensorrt.shared_weights import join_shared_weights
+from gsx_engines.lowering.for_tensorrt.step_attention import attend_in_steps
 from gsx_engines.lowering.for_tensorrt.task import Form, Task
 from gsx_engines.lowering.for_tensorrt.whole_calls import run_whole_calls
 from gsx_engines.lowering.for_tensorrt.zero_points import without_zero_points
@@ -78,6 +79,7 @@ PASSES: tuple[Pass[Task], ...] = (
     report_kept,
     mask_choices,
     add_rows,
+    attend_in_steps,
     predicate_branches,
     multiply_gates,
     attend_kept_rows,

@@ -23,6 +23,7 @@ KERNELS = (
     SOURCE_FOLDER / "threshold_gather/kernel.cu",
     SOURCE_FOLDER / "gated_scatter_add/kernel.cu",
     SOURCE_FOLDER / "skip_branch/kernel.cu",
+    SOURCE_FOLDER / "step_attention/kernel.cu",
 )
 
 

@@ -60,6 +60,13 @@ inline uint32_t __shfl_up_sync(unsigned, uint32_t value, unsigned distance) {
     const unsigned lane = threadIdx.x % 32;
     return lane >= distance ? all[lane - distance] : value;
 }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    uint32_t all[32], bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    emulation::exchange(bits, "shfl_xor", all);
+    std::memcpy(&value, &all[threadIdx.x % 32 ^ static_cast<unsigned>(mask)], sizeof(value));
+    return value;
+}
 inline uint32_t __reduce_add_sync(unsigned, uint32_t value) {
     uint32_t all[32], sum = 0;
     emulation::exchange(value, "reduce_add", all);
@@ -103,3 +110,4 @@ inline uint32_t __float_as_uint(float value) {
 }
 inline float __fmul_rn(float a, float b) { return a * b; }  // compiled with -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdividef(float a, float b) { return a / b; }

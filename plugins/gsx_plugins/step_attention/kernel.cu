@@ -1,0 +1,184 @@
+// Checks what the attention of a step is given, and launches the kernel that fits it (attention.cuh).
+
+#include "step_attention/kernel.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "native/check.h"
+#include "step_attention/attention.cuh"
+
+namespace gsx {
+namespace {
+
+// Blocks that fill a GPU of 132 multiprocessors twice: with fewer, the cache is cut into more parts.
+constexpr int64_t kEnoughBlocks = 264;
+constexpr int64_t kFewRows = 4, kManyRows = 8;  // of a chunk
+constexpr double kLog2E = 1.4426950408889634;
+
+// How a step is cut.
+struct Plan {
+    int64_t rows, chunks, groups, splits;
+    int lanes, ofChunk;
+};
+
+int64_t upTo(int64_t total, int64_t part) { return (total + part - 1) / part; }
+
+Plan planOf(int64_t sequences, int64_t tokens, int64_t heads, int64_t kvHeads, int64_t columns, int64_t width) {
+    Plan plan{};
+    plan.rows = tokens * (heads / kvHeads);
+    plan.ofChunk = static_cast<int>(plan.rows <= kFewRows ? kFewRows : kManyRows);
+    plan.chunks = upTo(plan.rows, plan.ofChunk);
+    plan.groups = sequences * kvHeads * plan.chunks;
+    plan.lanes = width <= 64 ? 8 : width <= 128 ? 16 : 32;
+    const int64_t inFlight = plan.ofChunk == kFewRows ? kColumnsInFlight<kFewRows> : kColumnsInFlight<kManyRows>;
+    const int64_t tiles = std::max<int64_t>(upTo(columns, kThreads / plan.lanes * inFlight), 1);
+    const int64_t wanted = std::clamp<int64_t>(upTo(kEnoughBlocks, std::max<int64_t>(plan.groups, 1)), 1, kMostSplits);
+    plan.splits = upTo(tiles, upTo(tiles, wanted));
+    return plan;
+}
+
+// The scratch memory: partial sums, what they are relative to, and counters, if nobody else has some.
+struct Scratch {
+    int64_t partial, found, arrived, bytes;  // where each begins
+};
+
+Scratch scratchOf(const Plan& plan, int64_t width) {
+    Scratch scratch{};
+    if (plan.splits == 1) return scratch;
+    const int64_t parts = plan.groups * plan.splits * plan.ofChunk;
+    scratch.found = parts * width * int64_t{sizeof(float)};
+    scratch.arrived = scratch.found + parts * int64_t{sizeof(float2)};
+    scratch.bytes = scratch.arrived + plan.groups * int64_t{sizeof(uint32_t)};
+    return scratch;
+}
+
+template <typename T, int LANES, int ROWS>
+gsx_status launchAttention(const gsx_attention& given, const Plan& plan, cudaStream_t stream) {
+    const Scratch scratch = scratchOf(plan, given.width);
+    auto* const memory = static_cast<char*>(given.workspace);
+    Attention<T> of{};
+    of.query = static_cast<const T*>(given.query);
+    of.key = static_cast<const T*>(given.key);
+    of.value = static_cast<const T*>(given.value);
+    of.cos = static_cast<const T*>(given.cos);
+    of.sin = static_cast<const T*>(given.sin);
+    of.score = given.score;
+    of.threshold = given.threshold;
+    of.mask = static_cast<const uint8_t*>(given.mask);
+    of.writeAt = given.write_at;
+    of.keys = static_cast<T*>(given.present_key);
+    of.values = static_cast<T*>(given.present_value);
+    of.out = static_cast<T*>(given.out);
+    of.tokens = static_cast<int>(given.tokens);
+    of.heads = static_cast<int>(given.heads);
+    of.kvHeads = static_cast<int>(given.kv_heads);
+    of.columns = static_cast<int>(given.columns);
+    of.width = static_cast<int>(given.width);
+    of.window = static_cast<int>(std::min<int64_t>(given.window, GSX_MAX_TOKENS));
+    of.rows = static_cast<int>(plan.rows);
+    of.chunks = static_cast<int>(plan.chunks);
+    of.splits = static_cast<int>(plan.splits);
+    of.thresholdStep = given.thresholds == 1 ? 0 : 1;
+    of.halfOfQuery = given.rotate_query ? static_cast<int>(given.rotated / 2) : 0;
+    of.halfOfKey = given.rotate_key ? static_cast<int>(given.rotated / 2) : 0;
+    const double scale = given.scale != 0.0f ? given.scale : 1.0 / std::sqrt(static_cast<double>(given.width));
+    const bool capped = given.softcap > 0.0f;
+    of.factor = static_cast<float>(capped ? 2.0 * kLog2E * scale / given.softcap : kLog2E * scale);
+    of.cap = capped ? static_cast<float>(kLog2E * given.softcap) : 0.0f;
+    if (plan.splits > 1) {
+        of.partial = reinterpret_cast<float*>(memory + scratch.partial);
+        of.found = reinterpret_cast<float2*>(memory + scratch.found);
+        of.arrived = given.counters;
+        if (of.arrived == nullptr) {
+            of.arrived = reinterpret_cast<uint32_t*>(memory + scratch.arrived);
+            const auto bytes = static_cast<size_t>(plan.groups) * sizeof(uint32_t);
+            if (const gsx_status failed = cudaMemsetAsync(of.arrived, 0, bytes, stream)) return failed;
+        }
+    }
+    const dim3 grid(static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.groups));
+    return launch(attendStep<T, LANES, ROWS>, grid, kThreads, stream, of);
+}
+
+template <typename T, int LANES>
+gsx_status byRows(const gsx_attention& given, const Plan& plan, cudaStream_t stream) {
+    if (plan.ofChunk == kFewRows) return launchAttention<T, LANES, kFewRows>(given, plan, stream);
+    return launchAttention<T, LANES, kManyRows>(given, plan, stream);
+}
+
+template <typename T>
+gsx_status byWidth(const gsx_attention& given, const Plan& plan, cudaStream_t stream) {
+    switch (plan.lanes) {
+    case 8: return byRows<T, 8>(given, plan, stream);
+    case 16: return byRows<T, 16>(given, plan, stream);
+    default: return byRows<T, 32>(given, plan, stream);
+    }
+}
+
+// A cache that is not updated in place.
+gsx_status copyCache(const void* past, void* present, size_t bytes, cudaStream_t stream) {
+    if (past == present) return GSX_OK;
+    return cudaMemcpyAsync(present, past, bytes, cudaMemcpyDeviceToDevice, stream);
+}
+
+gsx_status checkSizes(const gsx_attention& of) {
+    constexpr int64_t kChannels = GSX_HEAD_CHANNELS_AT_A_TIME;
+    if (of.type != GSX_FLOAT16 && of.type != GSX_BFLOAT16) return GSX_UNKNOWN_TYPE;
+    if (of.sequences < 0 || of.tokens < 0 || of.columns < 1 || of.window < 0) return GSX_BAD_SIZE;
+    if (of.kv_heads < 1 || of.heads < 1 || of.heads % of.kv_heads != 0) return GSX_BAD_SIZE;
+    if (of.width < kChannels || of.width % kChannels != 0 || of.width > GSX_MOST_HEAD_WIDTH) return GSX_BAD_SIZE;
+    if (of.rotate_query || of.rotate_key) {
+        if (of.rotated < 2 * kChannels || of.rotated % (2 * kChannels) != 0 || of.rotated > of.width) return GSX_BAD_SIZE;
+    }
+    if (of.sequences > GSX_MOST_ATTENTION_ROWS || of.tokens > GSX_MOST_ATTENTION_ROWS) return GSX_TOO_LARGE;
+    const int64_t rows = of.sequences * of.tokens;
+    if (rows > GSX_MOST_ATTENTION_ROWS || of.columns > GSX_MAX_TOKENS) return GSX_TOO_LARGE;
+    if (of.score != nullptr && of.thresholds != 1 && of.thresholds != rows) return GSX_BAD_SIZE;
+    return checkRow(of.heads * of.width, of.type);
+}
+
+}  // namespace
+}  // namespace gsx
+
+size_t gsx_step_attention_workspace(int64_t sequences, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t columns,
+                                    int64_t width) {
+    using namespace gsx;
+    if (sequences < 1 || tokens < 1 || kv_heads < 1 || heads < kv_heads || columns < 1 || width < 1) return 0;
+    return static_cast<size_t>(scratchOf(planOf(sequences, tokens, heads, kv_heads, columns, width), width).bytes);
+}
+
+gsx_status gsx_step_attention(const gsx_attention* given, cudaStream_t stream) {
+    using namespace gsx;
+    if (given == nullptr) return GSX_NULL_POINTER;
+    const gsx_attention& of = *given;
+    if (const gsx_status bad = checkSizes(of)) return bad;
+    const int64_t rows = of.sequences * of.tokens, turned = of.rotate_query || of.rotate_key ? rows : 0;
+    const int64_t decided = of.score != nullptr ? rows : 0;
+    const Plan plan = planOf(of.sequences, of.tokens, of.heads, of.kv_heads, of.columns, of.width);
+    if (plan.groups > GSX_ATTENTION_COUNTERS) return GSX_TOO_LARGE;
+    const gsx_status refused = firstFailure({
+        checkBuffer(of.query, rows, kVectorBytes),
+        checkBuffer(of.key, rows, kVectorBytes),
+        checkBuffer(of.value, rows, kVectorBytes),
+        checkBuffer(of.cos, turned, kVectorBytes),
+        checkBuffer(of.sin, turned, kVectorBytes),
+        checkBuffer(of.score, decided, sizeof(float)),
+        checkBuffer(of.threshold, decided != 0 ? of.thresholds : 0, sizeof(float)),
+        checkBuffer(of.mask, rows, 1),
+        checkBuffer(of.write_at, of.sequences, sizeof(int64_t)),
+        checkBuffer(of.past_key, rows, kVectorBytes),
+        checkBuffer(of.past_value, rows, kVectorBytes),
+        checkBuffer(of.present_key, rows, kVectorBytes),
+        checkBuffer(of.present_value, rows, kVectorBytes),
+        checkBuffer(of.out, rows, kVectorBytes),
+        checkWorkspace(of.workspace, static_cast<size_t>(std::max<int64_t>(of.workspace_bytes, 0)),
+                       static_cast<size_t>(scratchOf(plan, of.width).bytes)),
+    });
+    if (refused != GSX_OK) return refused;
+    if (rows == 0) return GSX_OK;
+    const auto bytes = static_cast<size_t>(of.sequences * of.kv_heads * of.columns * of.width * elementBytes(of.type));
+    if (const gsx_status failed = copyCache(of.past_key, of.present_key, bytes, stream)) return failed;
+    if (const gsx_status failed = copyCache(of.past_value, of.present_value, bytes, stream)) return failed;
+    if (of.type == GSX_FLOAT16) return byWidth<__half>(of, plan, stream);
+    return byWidth<__nv_bfloat16>(of, plan, stream);
+}
