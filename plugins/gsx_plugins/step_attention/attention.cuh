@@ -31,7 +31,7 @@ constexpr int kTile = kThreads / LANES * kColumnsInFlight<ROWS>;
 template <typename T>
 struct Attention {
     const T *query, *key, *value, *cos, *sin;
-    const float *score, *threshold;
+    const float *score, *threshold;  // score null: all rows are kept
     const uint8_t* mask;
     const int64_t* writeAt;
     T *keys, *values;  // [sequences, kvHeads, columns, width]
@@ -84,31 +84,48 @@ __device__ uint4 valueOf(const Attention<T>& of, int64_t token, int kvHead, int 
 }
 
 // Rows of one K/V head that a block attends for: of each token in turn, its heads that read this one.
+template <int ROWS>
 struct Chunk {
-    int64_t firstToken;  // of the sequence, among all
-    int kvHead, group;   // heads that read it
-    int firstRow;
-
-    __device__ int64_t tokenOf(int row) const { return firstToken + (firstRow + row) / group; }
-    // Where the channels of a row are, among those of all heads of all tokens.
-    template <typename T>
-    __device__ int64_t placeOf(const Attention<T>& of, int row) const {
-        return (tokenOf(row) * of.heads + kvHead * group + (firstRow + row) % group) * of.width;
-    }
+    int places[ROWS];      // where a row's channels are, among those of all heads of all tokens
+    int tokens[ROWS];      // among all sequences'
+    unsigned keeps[ROWS];  // 1 or 0
 };
 
-// Which kept rows see a column, as bits.
+// Fill in a chunk, from its row `first` on. Must be called by every thread.
 template <typename T, int ROWS>
-__device__ unsigned rowsThatSee(const Attention<T>& of, const Chunk& chunk, unsigned kept, int64_t column) {
-    if (of.tokens == 1) return of.mask[chunk.firstToken * of.columns + column] != 0 ? kept : 0;
-    unsigned seen = 0;
-#pragma unroll
-    for (int row = 0; row < ROWS; ++row) {
-        if ((kept >> row & 1) == 0) continue;
-        const bool sees = of.mask[chunk.tokenOf(row) * of.columns + column] != 0;
-        seen |= static_cast<unsigned>(sees) << row;
+__device__ void layOut(const Attention<T>& of, int sequence, int kvHead, int first, Chunk<ROWS>& chunk) {
+    const int row = static_cast<int>(threadIdx.x);
+    if (row < ROWS) {
+        const int group = of.heads / of.kvHeads, token = sequence * of.tokens + (first + row) / group;
+        chunk.tokens[row] = token;
+        chunk.places[row] = (token * of.heads + kvHead * group + (first + row) % group) * of.width;
+        const bool keeps = first + row < of.rows &&
+                           (of.score == nullptr || of.score[token] > of.threshold[token * of.thresholdStep]);
+        chunk.keeps[row] = keeps ? 1 : 0;
     }
-    return seen;
+    __syncthreads();
+}
+
+// Which kept rows see columns, a bit for each. Args: columns: COUNT of them, `stride` apart, below `end`.
+template <typename T, int ROWS, int COUNT>
+__device__ void whoSees(const Attention<T>& of, const Chunk<ROWS>& chunk, unsigned kept, int64_t column, int stride,
+                        int64_t end, unsigned (&seen)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) seen[i] = 0;
+    unsigned left = kept;
+    while (left != 0) {  // the next token of which a row is kept
+        const int token = chunk.tokens[__ffs(static_cast<int>(left)) - 1];
+        unsigned rows = 0;
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) rows |= (chunk.tokens[row] == token ? 1u : 0u) << row;
+        left &= ~rows;
+        const uint8_t* const mask = of.mask + int64_t{token} * of.columns;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int64_t at = column + i * stride;
+            if (at >= 0 && at < end && mask[at] != 0) seen[i] |= rows & kept;
+        }
+    }
 }
 
 // The sum over neighbouring lanes, in all of them.
@@ -189,10 +206,12 @@ __device__ void attendTo(const Attention<T>& of, const float (&queries)[ROWS][kE
     }
 }
 
-// Join what the blocks of a group found: by split, in order. Must be called by every thread.
+// Join what the blocks of a group found, by split, in order. Must be called by every thread.
 template <typename T, int ROWS>
-__device__ void joinSplits(const Attention<T>& of, const Chunk& chunk, int group, unsigned kept) {
+__device__ void joinSplits(const Attention<T>& of, const Chunk<ROWS>& chunk, int group, unsigned kept) {
+    constexpr int kInFlight = 16;
     __shared__ float2 found[ROWS * kMostSplits];
+    __shared__ float weights[ROWS * kMostSplits];
     const int thread = static_cast<int>(threadIdx.x), all = ROWS * of.splits;
     const float2* const from = of.found + int64_t{group} * all;
     for (int i = thread; i < all; i += kThreads) {
@@ -200,27 +219,40 @@ __device__ void joinSplits(const Attention<T>& of, const Chunk& chunk, int group
         if (kept >> row & 1) found[row * of.splits + split] = __ldcg(from + i);
     }
     __syncthreads();
+    for (int i = thread; i < all; i += kThreads) {
+        const int row = i / of.splits;
+        if ((kept >> row & 1) == 0) continue;
+        float top = -INFINITY;
+        for (int split = 0; split < of.splits; ++split) top = fmaxf(top, found[row * of.splits + split].x);
+        weights[i] = weightOf(found[i].x, top);
+    }
+    __syncthreads();
     const int vectors = of.width / 4;  // of floats
     for (int i = thread; i < ROWS * vectors; i += kThreads) {
         const int row = i / vectors, channel = i % vectors * 4;
         if ((kept >> row & 1) == 0) continue;
-        const float2* const ofRow = found + row * of.splits;
-        float top = -INFINITY;
-        for (int split = 0; split < of.splits; ++split) top = fmaxf(top, ofRow[split].x);
-        const float* part = of.partial + (int64_t{group} * all + row) * of.width + channel;
+        const float* const part = of.partial + (int64_t{group} * all + row) * of.width + channel;
         float total = 0.0f, sums[4] = {};
-#pragma unroll 8
-        for (int split = 0; split < of.splits; ++split) {
-            const float weight = weightOf(ofRow[split].x, top);
-            if (weight == 0.0f) continue;  // nothing was written
-            const float4 values = __ldcg(reinterpret_cast<const float4*>(part + int64_t{split} * ROWS * of.width));
-            total = fmaf(weight, ofRow[split].y, total);
-            sums[0] = fmaf(weight, values.x, sums[0]);
-            sums[1] = fmaf(weight, values.y, sums[1]);
-            sums[2] = fmaf(weight, values.z, sums[2]);
-            sums[3] = fmaf(weight, values.w, sums[3]);
+        for (int first = 0; first < of.splits; first += kInFlight) {
+            float weight[kInFlight];
+            float4 held[kInFlight];
+#pragma unroll
+            for (int j = 0; j < kInFlight; ++j) {
+                const int split = first + j;
+                weight[j] = split < of.splits ? weights[row * of.splits + split] : 0.0f;
+                const float4* const at = reinterpret_cast<const float4*>(part + int64_t{split} * ROWS * of.width);
+                held[j] = weight[j] != 0.0f ? __ldcg(at) : float4{};  // else nothing was written
+            }
+#pragma unroll
+            for (int j = 0; j < kInFlight; ++j) {
+                if (weight[j] != 0.0f) total = fmaf(weight[j], found[row * of.splits + first + j].y, total);
+                sums[0] = fmaf(weight[j], held[j].x, sums[0]);
+                sums[1] = fmaf(weight[j], held[j].y, sums[1]);
+                sums[2] = fmaf(weight[j], held[j].z, sums[2]);
+                sums[3] = fmaf(weight[j], held[j].w, sums[3]);
+            }
         }
-        T* const out = of.out + chunk.placeOf(of, row) + channel;
+        T* const out = of.out + chunk.places[row] + channel;
 #pragma unroll
         for (int j = 0; j < 4; ++j) out[j] = rounded<T>(total > 0.0f ? sums[j] / total : 0.0f);
     }
@@ -238,11 +270,11 @@ __global__ void __launch_bounds__(kThreads, 2) attendStep(Attention<T> of) {
     const int split = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.y);
     const int chunk = group % of.chunks, pair = group / of.chunks;
     const int sequence = pair / of.kvHeads, kvHead = pair % of.kvHeads;
-    const Chunk rows{int64_t{sequence} * of.tokens, kvHead, of.heads / of.kvHeads, chunk * ROWS};
+    const int64_t firstToken = int64_t{sequence} * of.tokens;
     const int64_t ofCache = int64_t{pair} * of.columns * of.width;
     const int64_t start = of.writeAt[sequence];
 
-    // The step's own columns are the turn behind the last tile of older ones.
+    // The step's own columns belong to the block whose turn is behind the last tile of older ones.
     const int older = static_cast<int>(start < 0 ? 0 : start < of.columns ? start : of.columns);
     const int tiles = (older + kColumns - 1) / kColumns;
     const bool ownsNew = tiles % of.splits == split;
@@ -251,28 +283,24 @@ __global__ void __launch_bounds__(kThreads, 2) attendStep(Attention<T> of) {
             const int64_t column = start + token;
             if (column < 0 || column >= of.columns) continue;
             const int64_t at = ofCache + column * of.width + first;
-            *reinterpret_cast<uint4*>(of.keys + at) = keyOf(of, rows.firstToken + token, kvHead, first);
-            *reinterpret_cast<uint4*>(of.values + at) = valueOf(of, rows.firstToken + token, kvHead, first);
+            *reinterpret_cast<uint4*>(of.keys + at) = keyOf(of, firstToken + token, kvHead, first);
+            *reinterpret_cast<uint4*>(of.values + at) = valueOf(of, firstToken + token, kvHead, first);
         }
     }
 
+    __shared__ Chunk<ROWS> rows;
+    layOut(of, sequence, kvHead, chunk * ROWS, rows);
     unsigned kept = 0;
 #pragma unroll
-    for (int row = 0; row < ROWS; ++row) {
-        if (rows.firstRow + row >= of.rows) break;
-        const int64_t token = rows.tokenOf(row);
-        const bool keeps = of.score == nullptr || of.score[token] > of.threshold[token * of.thresholdStep];
-        kept |= static_cast<unsigned>(keeps) << row;
-    }
+    for (int row = 0; row < ROWS; ++row) kept |= rows.keeps[row] << row;
     if (kept == 0) return;
 
     float queries[ROWS][kElements] = {};
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
         if ((kept >> row & 1) == 0 || !reads) continue;
-        const T* const query = of.query + rows.placeOf(of, row);
-        const int64_t table = rows.tokenOf(row) * of.halfOfQuery;
-        loadTurned(query, of.cos + table, of.sin + table, of.halfOfQuery, first, queries[row]);
+        const int64_t table = int64_t{rows.tokens[row]} * of.halfOfQuery;
+        loadTurned(of.query + rows.places[row], of.cos + table, of.sin + table, of.halfOfQuery, first, queries[row]);
     }
     Softmax<ROWS> softmax{};
 #pragma unroll
@@ -282,12 +310,13 @@ __global__ void __launch_bounds__(kThreads, 2) attendStep(Attention<T> of) {
         for (int place = 0; place < of.tokens; place += kSlots) {
             const int token = place + slot;
             const int64_t column = start + token;
-            unsigned seen[1] = {};
-            if (token < of.tokens && column >= 0 && column < of.columns) seen[0] = rowsThatSee<T, ROWS>(of, rows, kept, column);
+            const int64_t end = token < of.tokens ? of.columns : 0;
+            unsigned seen[1];
+            whoSees(of, rows, kept, column, 0, end, seen);
             uint4 key[1] = {}, value[1] = {};
             if (seen[0] != 0 && reads) {
-                key[0] = keyOf(of, rows.firstToken + token, kvHead, first);
-                value[0] = valueOf(of, rows.firstToken + token, kvHead, first);
+                key[0] = keyOf(of, firstToken + token, kvHead, first);
+                value[0] = valueOf(of, firstToken + token, kvHead, first);
             }
             attendTo<T, LANES, ROWS>(of, queries, kept, key, value, seen, softmax);
         }
@@ -299,10 +328,7 @@ __global__ void __launch_bounds__(kThreads, 2) attendStep(Attention<T> of) {
     for (; tile < tiles; tile += of.splits) {
         unsigned seen[kSteps];
         const int column = tile * kColumns + slot;
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-            seen[step] = column + step * kSlots < older ? rowsThatSee<T, ROWS>(of, rows, kept, column + step * kSlots) : 0;
-        }
+        whoSees(of, rows, kept, column, kSlots, older, seen);
         uint4 keys[kSteps], values[kSteps];
         const int64_t at = ofCache + int64_t{column} * of.width + first;
 #pragma unroll
@@ -350,12 +376,12 @@ __global__ void __launch_bounds__(kThreads, 2) attendStep(Attention<T> of) {
             if (of.splits > 1) {
                 of.partial[part * of.width + channel] = sum;
             } else {
-                of.out[rows.placeOf(of, row) + channel] = rounded<T>(sum / total);
+                of.out[rows.places[row] + channel] = rounded<T>(sum / total);
             }
         }
         if (of.splits == 1 && top == -INFINITY) {
             for (int channel = thread; channel < of.width; channel += kThreads) {
-                of.out[rows.placeOf(of, row) + channel] = rounded<T>(0.0f);
+                of.out[rows.places[row] + channel] = rounded<T>(0.0f);
             }
         }
         __syncthreads();  // before the next row's sums

@@ -1,26 +1,17 @@
-// Checks what the attention of a step is given, and launches the kernel that fits it (attention.cuh).
+// Checks what the attention of a step is given, cuts it into blocks, and launches it (launch.cuh).
 
 #include "step_attention/kernel.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "native/check.h"
-#include "step_attention/attention.cuh"
+#include "step_attention/launch.cuh"
 
 namespace gsx {
 namespace {
 
 // Blocks that fill a GPU of 132 multiprocessors twice: with fewer, the cache is cut into more parts.
 constexpr int64_t kEnoughBlocks = 264;
-constexpr int64_t kFewRows = 4, kManyRows = 8;  // of a chunk
-constexpr double kLog2E = 1.4426950408889634;
-
-// How a step is cut.
-struct Plan {
-    int64_t rows, chunks, groups, splits;
-    int lanes, ofChunk;
-};
 
 int64_t upTo(int64_t total, int64_t part) { return (total + part - 1) / part; }
 
@@ -38,11 +29,6 @@ Plan planOf(int64_t sequences, int64_t tokens, int64_t heads, int64_t kvHeads, i
     return plan;
 }
 
-// The scratch memory: partial sums, what they are relative to, and counters, if nobody else has some.
-struct Scratch {
-    int64_t partial, found, arrived, bytes;  // where each begins
-};
-
 Scratch scratchOf(const Plan& plan, int64_t width) {
     Scratch scratch{};
     if (plan.splits == 1) return scratch;
@@ -51,68 +37,6 @@ Scratch scratchOf(const Plan& plan, int64_t width) {
     scratch.arrived = scratch.found + parts * int64_t{sizeof(float2)};
     scratch.bytes = scratch.arrived + plan.groups * int64_t{sizeof(uint32_t)};
     return scratch;
-}
-
-template <typename T, int LANES, int ROWS>
-gsx_status launchAttention(const gsx_attention& given, const Plan& plan, cudaStream_t stream) {
-    const Scratch scratch = scratchOf(plan, given.width);
-    auto* const memory = static_cast<char*>(given.workspace);
-    Attention<T> of{};
-    of.query = static_cast<const T*>(given.query);
-    of.key = static_cast<const T*>(given.key);
-    of.value = static_cast<const T*>(given.value);
-    of.cos = static_cast<const T*>(given.cos);
-    of.sin = static_cast<const T*>(given.sin);
-    of.score = given.score;
-    of.threshold = given.threshold;
-    of.mask = static_cast<const uint8_t*>(given.mask);
-    of.writeAt = given.write_at;
-    of.keys = static_cast<T*>(given.present_key);
-    of.values = static_cast<T*>(given.present_value);
-    of.out = static_cast<T*>(given.out);
-    of.tokens = static_cast<int>(given.tokens);
-    of.heads = static_cast<int>(given.heads);
-    of.kvHeads = static_cast<int>(given.kv_heads);
-    of.columns = static_cast<int>(given.columns);
-    of.width = static_cast<int>(given.width);
-    of.window = static_cast<int>(std::min<int64_t>(given.window, GSX_MAX_TOKENS));
-    of.rows = static_cast<int>(plan.rows);
-    of.chunks = static_cast<int>(plan.chunks);
-    of.splits = static_cast<int>(plan.splits);
-    of.thresholdStep = given.thresholds == 1 ? 0 : 1;
-    of.halfOfQuery = given.rotate_query ? static_cast<int>(given.rotated / 2) : 0;
-    of.halfOfKey = given.rotate_key ? static_cast<int>(given.rotated / 2) : 0;
-    const double scale = given.scale != 0.0f ? given.scale : 1.0 / std::sqrt(static_cast<double>(given.width));
-    const bool capped = given.softcap > 0.0f;
-    of.factor = static_cast<float>(capped ? 2.0 * kLog2E * scale / given.softcap : kLog2E * scale);
-    of.cap = capped ? static_cast<float>(kLog2E * given.softcap) : 0.0f;
-    if (plan.splits > 1) {
-        of.partial = reinterpret_cast<float*>(memory + scratch.partial);
-        of.found = reinterpret_cast<float2*>(memory + scratch.found);
-        of.arrived = given.counters;
-        if (of.arrived == nullptr) {
-            of.arrived = reinterpret_cast<uint32_t*>(memory + scratch.arrived);
-            const auto bytes = static_cast<size_t>(plan.groups) * sizeof(uint32_t);
-            if (const gsx_status failed = cudaMemsetAsync(of.arrived, 0, bytes, stream)) return failed;
-        }
-    }
-    const dim3 grid(static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.groups));
-    return launch(attendStep<T, LANES, ROWS>, grid, kThreads, stream, of);
-}
-
-template <typename T, int LANES>
-gsx_status byRows(const gsx_attention& given, const Plan& plan, cudaStream_t stream) {
-    if (plan.ofChunk == kFewRows) return launchAttention<T, LANES, kFewRows>(given, plan, stream);
-    return launchAttention<T, LANES, kManyRows>(given, plan, stream);
-}
-
-template <typename T>
-gsx_status byWidth(const gsx_attention& given, const Plan& plan, cudaStream_t stream) {
-    switch (plan.lanes) {
-    case 8: return byRows<T, 8>(given, plan, stream);
-    case 16: return byRows<T, 16>(given, plan, stream);
-    default: return byRows<T, 32>(given, plan, stream);
-    }
 }
 
 // A cache that is not updated in place.
@@ -179,6 +103,7 @@ gsx_status gsx_step_attention(const gsx_attention* given, cudaStream_t stream) {
     const auto bytes = static_cast<size_t>(of.sequences * of.kv_heads * of.columns * of.width * elementBytes(of.type));
     if (const gsx_status failed = copyCache(of.past_key, of.present_key, bytes, stream)) return failed;
     if (const gsx_status failed = copyCache(of.past_value, of.present_value, bytes, stream)) return failed;
-    if (of.type == GSX_FLOAT16) return byWidth<__half>(of, plan, stream);
-    return byWidth<__nv_bfloat16>(of, plan, stream);
+    const Scratch scratch = scratchOf(plan, of.width);
+    return of.type == GSX_FLOAT16 ? attendInFloat16(of, plan, scratch, stream)
+                                  : attendInBfloat16(of, plan, scratch, stream);
 }

@@ -90,6 +90,7 @@ template <typename T>
 T __ldcg(const T* at) {
     return *at;
 }
+inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
