@@ -64,7 +64,7 @@ class _Matrix(ctypes.Structure):
 
 _TENSORS = ("query", "key", "value", "cos", "sin", "score", "threshold", "mask", "write_at", "past_key", "past_value")
 _MEMORY = ("present_key", "present_value", "out", "workspace", "counters")
-_SIZES = ("sequences", "tokens", "heads", "kv_heads", "columns", "width", "rotated", "thresholds", "window")
+_SIZES = ("sequences", "tokens", "heads", "kv_heads", "columns", "width", "rotated", "thresholds", "window", "new_stride")
 
 
 class _Attention(ctypes.Structure):
@@ -86,7 +86,7 @@ class StepAttention:
     """What the attention of a step reads, as `step_attention/kernel.h` says; N rows are B sequences of S tokens.
 
     Args:
-        query: [N, heads x D]; key, value: [N, K/V heads x D].
+        query: [N, heads x D]; key, value: [N, K/V heads x D], with rows equally far apart.
         mask: [B, 1, S, T] bool.
         write_at: [B] int64.
         tables: cosines and sines [N, rotated / 2] by which queries and keys are turned; None: neither.
@@ -262,6 +262,7 @@ class Kernels:
             0 if of.tables is None else 2 * of.tables[0].shape[1],
             0 if of.threshold is None else of.threshold.numel(),
             of.window,
+            of.key.stride(0),
             needed,
             of.scale,
             of.softcap,

@@ -28,7 +28,8 @@ def spell_step_attention(graph: onnx.GraphProto, shape: DecoderShape) -> None:
 
 
 def _spelled(graph: Graph, node: onnx.NodeProto, shape: DecoderShape) -> list[onnx.NodeProto]:
-    query, key, value, cos, sin, mask, write_at, past_key, past_value = node.input[:9]
+    query, new, cos, sin, mask, write_at, past_key, past_value = node.input[:8]
+    key, value = next(made.input for made in graph.nodes if new in made.output)  # of their Concat
     out, present_key, present_value = node.output
     ids = next(one for one in graph.proto.input if one.name == "input_ids")
     batch, tokens = (axis.dim_value for axis in ids.type.tensor_type.shape.dim)
@@ -67,7 +68,7 @@ def _spelled(graph: Graph, node: onnx.NodeProto, shape: DecoderShape) -> list[on
     if node.op_type == "StepAttention":
         return [*nodes, make_node("Reshape", [tokens_first, flat], out)]
     rows = add("Reshape", [tokens_first, flat], "rows")
-    keeps = add("Greater", list(node.input[9:]), "keeps")
+    keeps = add("Greater", list(node.input[8:]), "keeps")
     column = add("Unsqueeze", [keeps, sizes(-1)], "column")
     number_left = graph.add_constant("lowered.cpu_open", np.array(_OPEN, np.float32))
     left = add("CastLike", [number_left, rows], "left")

@@ -175,7 +175,7 @@ def test_attention_of_a_step(tensorrt: ctypes.CDLL, dtype: torch.dtype, skips: b
     wanted = [cache.clone() for cache in one.past]
     kernels = cases.GuardedKernels(emulated_library())
     rows = kernels.step_attention(replace(of, scale=0.25), (wanted[0], wanted[1]))
-    tensors = [of.query, of.key, of.value, *of.tables, of.mask, of.write_at, *one.past]
+    tensors = [of.query, torch.cat([of.key, of.value], 1), *of.tables, of.mask, of.write_at, *one.past]
     if of.score is not None and of.threshold is not None:
         tensors += [of.score, of.threshold]
     out = torch.full_like(of.query, 7.0)
@@ -191,11 +191,11 @@ def test_refused_attention(tensorrt: ctypes.CDLL, capfd: pytest.CaptureFixture[s
     one = case(Sizes((50,)), 1, torch.float16, skips=False)
     of = one.of
     assert of.tables is not None
-    tensors = [of.query, of.key, of.value, *of.tables, of.mask, of.write_at, *one.past]
+    tensors = [of.query, torch.cat([of.key, of.value], 1), *of.tables, of.mask, of.write_at, *one.past]
     out, numbers = [torch.zeros_like(of.query), *one.past], [1.0, 1.0, 0.0, 0.0, 0.0]
     assert enqueue(tensorrt, "StepAttention", tensors, out, numbers[:4]) == -10
     assert "StepAttention: node node has no field 'window'" in capfd.readouterr().err
-    cut = [*tensors[:5], of.mask[..., :-1].contiguous(), *tensors[6:]]
+    cut = [*tensors[:4], of.mask[..., :-1].contiguous(), *tensors[5:]]
     assert enqueue(tensorrt, "StepAttention", cut, out, numbers) == -50
     assert "StepAttention: input past_key: axis 2 has size 200, expected 199" in capfd.readouterr().err
     wide = [torch.zeros(1, 64 * 3 + 1, dtype=torch.float16), *tensors[1:]]

@@ -74,7 +74,8 @@ def case(sizes: Sizes, decisions: int, dtype: torch.dtype, *, hidden: float = 0.
         mask &= column > place[..., None] - sizes.window
     mask |= column == place[..., None]
     query = cases.matrix(rows, sizes.heads * width, dtype, "cpu", 1)
-    key, value = (cases.matrix(rows, sizes.kv_heads * width, dtype, "cpu", seed) for seed in (2, 3))
+    both = cases.matrix(rows, 2 * sizes.kv_heads * width, dtype, "cpu", 2)
+    key, value = (both[:, : sizes.kv_heads * width], both[:, sizes.kv_heads * width :])  # as TensorRT gives them
     query[~kept] = float("nan")
     read = (mask & kept.view(batch, sizes.tokens, 1)).any(1) & (column < starts[:, None])  # [B, T]
     cache = [cases.matrix(batch * sizes.kv_heads * columns, width, dtype, "cpu", seed) for seed in (4, 5)]
@@ -102,7 +103,7 @@ def case(sizes: Sizes, decisions: int, dtype: torch.dtype, *, hidden: float = 0.
 
 def turned(of: StepAttention, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Rows [N, heads, D] after RoPE in float64, and how far those of the kernel may be from these."""
-    heads = rows.double().view(len(rows), -1, width)
+    heads = rows.double().reshape(len(rows), -1, width)
     if of.tables is None:
         return heads, torch.zeros_like(heads)
     cos, sin = (table.double()[:, None] for table in of.tables)
@@ -152,7 +153,7 @@ def check_cache(one: Case, present: tuple[Tensor, Tensor]) -> None:
     """The step's columns have its keys, turned, and its values, whatever is skipped; all others are as before."""
     of, sizes = one.of, one.sizes
     key, within = turned(of, of.key, sizes.width) if of.rotates[1] else turned(replace(of, tables=None), of.key, sizes.width)
-    value = of.value.view(sizes.rows, sizes.kv_heads, sizes.width)
+    value = of.value.reshape(sizes.rows, sizes.kv_heads, sizes.width)
     before = (one.past[0].clone(), one.past[1].clone())
     for row in range(sizes.rows):
         sequence, token = divmod(row, sizes.tokens)

@@ -42,6 +42,7 @@ struct Attention {
     int tokens, heads, kvHeads, columns, width, window;
     int rows, chunks, splits;       // rows of a K/V head: tokens times group
     int thresholdStep;              // 0: one for all tokens
+    int newStride;                  // of keys and values, from token to token
     int halfOfQuery, halfOfKey;     // channels of half of RoPE; 0: none
     // A score, times log2(e): factor x product; with a cap: cap tanh(y) = cap (1 - 2 / (2^s + 1)), s = factor x product.
     float factor, cap;
@@ -69,7 +70,7 @@ __device__ void loadTurned(const T* head, const T* cos, const T* sin, int half, 
 template <typename T>
 __device__ uint4 keyOf(const Attention<T>& of, int64_t token, int kvHead, int first) {
     float turned[kElements];
-    const T* const head = of.key + (token * of.kvHeads + kvHead) * of.width;
+    const T* const head = of.key + token * of.newStride + int64_t{kvHead} * of.width;
     loadTurned(head, of.cos + token * of.halfOfKey, of.sin + token * of.halfOfKey, of.halfOfKey, first, turned);
     T elements[kElements];
 #pragma unroll
@@ -80,7 +81,7 @@ __device__ uint4 keyOf(const Attention<T>& of, int64_t token, int kvHead, int fi
 }
 template <typename T>
 __device__ uint4 valueOf(const Attention<T>& of, int64_t token, int kvHead, int first) {
-    return *reinterpret_cast<const uint4*>(of.value + (token * of.kvHeads + kvHead) * of.width + first);
+    return *reinterpret_cast<const uint4*>(of.value + token * of.newStride + int64_t{kvHead} * of.width + first);
 }
 
 // Rows of one K/V head that a block attends for: of each token in turn, its heads that read this one.

@@ -51,6 +51,7 @@ gsx_status checkSizes(const gsx_attention& of) {
     if (of.sequences < 0 || of.tokens < 0 || of.columns < 1 || of.window < 0) return GSX_BAD_SIZE;
     if (of.kv_heads < 1 || of.heads < 1 || of.heads % of.kv_heads != 0) return GSX_BAD_SIZE;
     if (of.width < kChannels || of.width % kChannels != 0 || of.width > GSX_MOST_HEAD_WIDTH) return GSX_BAD_SIZE;
+    if (of.new_stride < of.kv_heads * of.width || of.new_stride % kChannels != 0) return GSX_BAD_SIZE;
     if (of.rotate_query || of.rotate_key) {
         if (of.rotated < 2 * kChannels || of.rotated % (2 * kChannels) != 0 || of.rotated > of.width) return GSX_BAD_SIZE;
     }
@@ -58,7 +59,7 @@ gsx_status checkSizes(const gsx_attention& of) {
     const int64_t rows = of.sequences * of.tokens;
     if (rows > GSX_MOST_ATTENTION_ROWS || of.columns > GSX_MAX_TOKENS) return GSX_TOO_LARGE;
     if (of.score != nullptr && of.thresholds != 1 && of.thresholds != rows) return GSX_BAD_SIZE;
-    return checkRow(of.heads * of.width, of.type);
+    return firstFailure({checkRow(of.heads * of.width, of.type), checkRow(of.new_stride, of.type)});
 }
 
 }  // namespace

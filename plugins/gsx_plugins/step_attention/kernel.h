@@ -43,8 +43,8 @@ extern "C" {
  */
 typedef struct {
     const void* query;        /* [N, heads x D] */
-    const void* key;          /* [N, kv_heads x D], before RoPE if rotate_key */
-    const void* value;        /* [N, kv_heads x D] */
+    const void* key;          /* [N, kv_heads x D], before RoPE if rotate_key; rows are new_stride elements apart */
+    const void* value;        /* the same, never turned */
     const void* cos;          /* [N, rotated / 2]; null if nothing is rotated */
     const void* sin;          /* the same */
     const float* score;       /* [N], or null */
@@ -60,6 +60,7 @@ typedef struct {
     uint32_t* counters;
     int64_t sequences, tokens, heads, kv_heads, columns, width, rotated, thresholds;
     int64_t window;           /* 0: none */
+    int64_t new_stride;       /* at least kv_heads x D, and a multiple of 8: both may be in one memory, side by side */
     int64_t workspace_bytes;
     float scale, softcap;     /* 0: 1 / sqrt(D); 0: none */
     int rotate_query, rotate_key;

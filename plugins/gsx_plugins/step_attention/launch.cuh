@@ -53,6 +53,7 @@ gsx_status launchAttention(const gsx_attention& given, const Plan& plan, const S
     of.chunks = static_cast<int>(plan.chunks);
     of.splits = static_cast<int>(plan.splits);
     of.thresholdStep = given.thresholds == 1 ? 0 : 1;
+    of.newStride = static_cast<int>(given.new_stride);
     of.halfOfQuery = given.rotate_query ? static_cast<int>(given.rotated / 2) : 0;
     of.halfOfKey = given.rotate_key ? static_cast<int>(given.rotated / 2) : 0;
     const double scale = given.scale != 0.0f ? given.scale : 1.0 / std::sqrt(static_cast<double>(given.width));

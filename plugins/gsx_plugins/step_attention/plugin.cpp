@@ -1,7 +1,7 @@
 // SkipAttention and StepAttention for TensorRT.
 //
 // The outputs present_key and present_value are meant to be bound to the memory of past_key and past_value. TensorRT is not
-// told so: its compiler refuses networks with plugins that declare it.
+// told so, as NVIDIA's own attention plugins do not tell it (TensorRT-Edge-LLM: its compiler would refuse the network).
 
 #include "native/plugin.h"
 #include "step_attention/kernel.h"
@@ -9,7 +9,7 @@
 namespace gsx {
 namespace {
 
-enum Input { kQuery, kKey, kValue, kCos, kSin, kMask, kWriteAt, kPastKey, kPastValue, kScore, kThreshold };
+enum Input { kQuery, kNew, kCos, kSin, kMask, kWriteAt, kPastKey, kPastValue, kScore, kThreshold };
 enum Output { kOut, kPresentKey, kPresentValue };
 enum Number { kRotateQuery, kRotateKey, kScale, kSoftcap, kWindow };
 static_assert(kCounters == GSX_ATTENTION_COUNTERS, "as many as the kernel may want");
@@ -32,10 +32,12 @@ gsx_status run(Call const& call) {
     if (of.width < 1 || call.size(kQuery, 1) % of.width != 0) return GSX_BAD_SIZE;
     of.heads = call.size(kQuery, 1) / of.width;
     if (call.size(kQuery, 0) != of.sequences * of.tokens) return GSX_BAD_SIZE;
-    if (call.size(kKey, 1) != of.kv_heads * of.width) return GSX_BAD_SIZE;
+    of.new_stride = call.size(kNew, 1);
+    int64_t const keys = of.kv_heads * of.width;
+    if (of.new_stride != 2 * keys) return GSX_BAD_SIZE;
     of.query = call.inputs[kQuery];
-    of.key = call.inputs[kKey];
-    of.value = call.inputs[kValue];
+    of.key = call.inputs[kNew];
+    of.value = static_cast<uint16_t const*>(of.key) + keys;  // of 16 bits; other types are refused
     of.rotate_query = call.numbers[kRotateQuery] != 0.0f;
     of.rotate_key = call.numbers[kRotateKey] != 0.0f;
     if (of.rotate_query || of.rotate_key) {
@@ -67,10 +69,16 @@ gsx_status run(Call const& call) {
 }
 
 constexpr Tensor kTensors[] = {
-    {"query", Element::kRow, "NQ"},        {"key", Element::kRow, "NK"},       {"value", Element::kRow, "NK"},
-    {"cos", Element::kRow, "NR"},          {"sin", Element::kRow, "NR"},       {"mask", Element::kFlag, "B1ST"},
-    {"write_at", Element::kPlace, "B"},    {"past_key", Element::kRow, "BJTD"}, {"past_value", Element::kRow, "BJTD"},
-    {"score", Element::kScore, "N"},       {"threshold", Element::kScore, "N", true},
+    {"query", Element::kRow, "NQ"},
+    {"new", Element::kRow, "NK"},  // keys, then values: TensorRT makes them as one product
+    {"cos", Element::kRow, "NR"},
+    {"sin", Element::kRow, "NR"},
+    {"mask", Element::kFlag, "B1ST"},
+    {"write_at", Element::kPlace, "B"},
+    {"past_key", Element::kRow, "BJTD"},
+    {"past_value", Element::kRow, "BJTD"},
+    {"score", Element::kScore, "N"},
+    {"threshold", Element::kScore, "N", true},
 };
 constexpr Tensor kOutputs[] = {
     {"out", Element::kRow, "NQ"},

@@ -50,7 +50,7 @@ def attend_in_steps(graph: Graph, task: Task) -> int:
 
         query -> RotaryEmbedding -> GatheredAttention(K of the cache, V of the cache, mask)
         k -> RotaryEmbedding -> TensorScatter -> K of the cache;  v -> TensorScatter -> V of the cache      become
-        SkipAttention(query, k, v, cos, sin, mask, write_at, past K, past V, score, bound) -> rows, K, V of the cache
+        SkipAttention(query, k and v, cos, sin, mask, write_at, past K, past V, score, bound) -> rows, K, V of the cache
 
     and FullAttention, or with rows chosen by rank, StepAttention, which has no score and no bound. A value without RoPE,
     or one whose rotated form others read, goes in as it is. Elsewhere attention stays TensorRT's: where a cache is
@@ -153,9 +153,11 @@ def _nodes(
         nodes.append(make_node("Reshape", [value, size], f"{name}{called}"))
         return nodes[-1].output[0]
 
-    flat = [by_row(query.name, "query", own), by_row(key.name, "key", shared), by_row(values.rows, "value", shared)]
+    new = [by_row(key.name, "key", shared), by_row(values.rows, "value", shared)]
+    nodes.append(make_node("Concat", new, f"{name}new", axis=1))  # so that TensorRT makes both as one product
+    flat = [by_row(query.name, "query", own), f"{name}new"]
     if query.tables is None:
-        flat += [flat[1], flat[1]]  # the plugin does not read these two
+        flat += [new[0], new[0]]  # the plugin does not read these two
     else:
         flat += [by_row(table, called, query.half) for table, called in zip(query.tables, ("cos", "sin"), strict=True)]
     flat += [mask, WRITE_AT, keys.node.input[0], values.node.input[0]]
