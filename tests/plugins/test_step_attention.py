@@ -83,8 +83,9 @@ def case(sizes: Sizes, decisions: int, dtype: torch.dtype, *, hidden: float = 0.
     for one in past:
         one[(~read)[:, None].expand(-1, sizes.kv_heads, -1)] = float("nan")
     angles = torch.rand(rows, max(sizes.rotated // 2, 1), generator=rng) * 6
-    below = torch.tensor([THRESHOLD, float("nan"), -float("inf"), 0.1] * 2)[:rows]
-    score, bound = torch.where(kept, torch.full((rows,), 0.9), below), torch.tensor(THRESHOLD)
+    bound = THRESHOLD + torch.arange(rows) * (rows in (3, 5, 8))  # one for all rows, or one for each
+    below = torch.stack([bound, torch.full_like(bound, float("nan")), bound - float("inf"), bound - 0.4])
+    score = torch.where(kept, bound + 0.4, below[torch.arange(rows) % 4, torch.arange(rows)])
     of = StepAttention(
         query,
         key,
@@ -93,7 +94,7 @@ def case(sizes: Sizes, decisions: int, dtype: torch.dtype, *, hidden: float = 0.
         starts,
         (angles.cos().to(dtype), angles.sin().to(dtype)) if sizes.rotated else None,
         score if skips else None,
-        (bound.expand(rows).clone() if rows in (3, 8) else bound) if skips else None,
+        (bound if rows in (3, 5, 8) else torch.tensor(THRESHOLD)) if skips else None,
         sizes.window,
         0.0,
         sizes.softcap,
