@@ -64,7 +64,18 @@ class _Matrix(ctypes.Structure):
 
 _TENSORS = ("query", "key", "value", "cos", "sin", "score", "threshold", "mask", "write_at", "past_key", "past_value")
 _MEMORY = ("present_key", "present_value", "out", "workspace", "counters")
-_SIZES = ("sequences", "tokens", "heads", "kv_heads", "columns", "width", "rotated", "thresholds", "window", "new_stride")
+_SIZES = (
+    "sequences",
+    "tokens",
+    "heads",
+    "kv_heads",
+    "columns",
+    "width",
+    "rotated",
+    "thresholds",
+    "window",
+    "new_stride",
+)
 
 
 class _Attention(ctypes.Structure):

@@ -38,11 +38,11 @@ SHAPE = {
     "vocab_size": 4096,
 }
 CAPACITY = 1024
-# Kernels before the first layer's own and after the last one's: thresholds and masks, RoPE's tables; final norm, head, and
-# counts; the likeliest tokens, and the sum over all.
+# Kernels before the first layer's own and after the last one's: thresholds and masks, RoPE's tables; final norm, head,
+# and counts; the likeliest tokens, and the sum over all.
 OUTSIDE = 7
-# Kernels of a layer with gates: norm and gate, Q, K with V, attention, its output, norm and gate, gate with up, down; and
-# of one with vector gates.
+# Kernels of a layer with gates: norm and gate, Q, K with V, attention, its output, norm and gate, gate with up, down;
+# and of one with vector gates.
 GATES, VECTOR_GATES = 8, 12
 # Kernels of a step of a tiny Llama.
 LLAMA = 22
@@ -99,8 +99,8 @@ def test_a_step_that_skips(wide: Callable[[str], Bundle]) -> None:
 
 @pytest.mark.parametrize(("scheme", "layer"), [("int8-weights", 9), ("fp8", 11)])
 def test_a_step_with_weights_of_8_bits(wide: Callable[[str], Bundle], scheme: str, layer: int) -> None:
-    """As one of 16 bits, with one kernel more in a layer for the weights of K and V, or three where inputs are rounded; two
-    more for embedding and head."""
+    """As one of 16 bits, with a kernel more in a layer for the weights of K and V, or three where inputs are rounded;
+    two more for embedding and head."""
     needs_plugins()
     plan = plan_of(wide(f"gates, {scheme}"), step=1)
     assert plan.total == PlanCounts(kernels=plan.total.kernels)

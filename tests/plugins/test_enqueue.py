@@ -166,7 +166,7 @@ def test_products_of_codes(
 @pytest.mark.parametrize("skips", [True, False])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_attention_of_a_step(tensorrt: ctypes.CDLL, dtype: torch.dtype, skips: bool) -> None:
-    """In place, with counters that the plugin keeps from call to call; the kernel is checked in test_step_attention.py."""
+    """In place, with counters that the plugin keeps between calls; the kernel is checked in test_step_attention.py."""
     sizes = Sizes((150, 20), tokens=2, softcap=5.0, window=90)
     one = case(sizes, 0b1011, dtype, skips=skips)
     of = one.of

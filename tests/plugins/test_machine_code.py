@@ -161,7 +161,9 @@ def test_attention_has_its_loads_in_flight(disassembler: Disassembler, architect
     assert len(named) == 2 * 2 * 3  # types, rows, widths of heads
     for name, text in disassembler.read(architecture, "-sass", "-fun", ",".join(named)):
         operations = _INSTRUCTION.findall(text)
-        mask = max(at for at, operation in enumerate(operations) if operation.startswith("LDG.E.U8"))  # of older columns
+        mask = max(
+            at for at, operation in enumerate(operations) if operation.startswith("LDG.E.U8")
+        )  # of older columns
         scores = next(at for at in range(mask, len(operations)) if operations[at].startswith("SHFL"))
         loads = [operation for operation in operations[mask + 1 : scores] if operation.startswith("LDG")]
         assert loads == ["LDG.E.128"] * named.pop(name), f"{name}: {loads}"

@@ -153,7 +153,9 @@ def check(one: Case, kernels: cases.GuardedKernels, counters: Tensor | None = No
 def check_cache(one: Case, present: tuple[Tensor, Tensor]) -> None:
     """The step's columns have its keys, turned, and its values, whatever is skipped; all others are as before."""
     of, sizes = one.of, one.sizes
-    key, within = turned(of, of.key, sizes.width) if of.rotates[1] else turned(replace(of, tables=None), of.key, sizes.width)
+    key, within = (
+        turned(of, of.key, sizes.width) if of.rotates[1] else turned(replace(of, tables=None), of.key, sizes.width)
+    )
     value = of.value.reshape(sizes.rows, sizes.kv_heads, sizes.width)
     before = (one.past[0].clone(), one.past[1].clone())
     for row in range(sizes.rows):
@@ -271,7 +273,7 @@ NO_ACCESS = 0
 
 
 @pytest.fixture
-def guarded() -> Iterator[Callable[[Tensor, int, int], Tensor]]:
+def guarded() -> Callable[[Tensor, int, int], Tensor]:
     """A copy of a tensor of whole pages, of which only some pages may be touched: anything else ends the process."""
     libc = ctypes.CDLL(None, use_errno=True)
     held = []
@@ -289,7 +291,7 @@ def guarded() -> Iterator[Callable[[Tensor, int, int], Tensor]]:
                 assert libc.mprotect(ctypes.c_void_p(start + page * PAGE), ctypes.c_size_t(PAGE), NO_ACCESS) == 0
         return whole.view(tensor.dtype).view(tensor.shape)
 
-    yield copy
+    return copy
 
 
 def in_a_child(works: Callable[[], bool]) -> bool:
@@ -346,7 +348,10 @@ REFUSED: dict[str, tuple[Callable[[StepAttention], StepAttention], str]] = {
         lambda of: replace(of, tables=(of.query[:, :12].contiguous(), of.query[:, :12].contiguous())),
         "sizes do not fit",
     ),
-    "a wrong alignment": (lambda of: replace(of, query=cases.matrix(2, 256, torch.float16, "cpu", 1, 4)), "not aligned"),
+    "a wrong alignment": (
+        lambda of: replace(of, query=cases.matrix(2, 256, torch.float16, "cpu", 1, 4)),
+        "not aligned",
+    ),
     "a window below 0": (lambda of: replace(of, window=-1), "sizes do not fit"),
     "too many rows": (
         lambda of: replace(of, mask=torch.zeros(1, 1, 9, 200, dtype=torch.bool)),

@@ -8,7 +8,6 @@ it does wherever K and V are in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -50,7 +49,7 @@ def attend_in_steps(graph: Graph, task: Task) -> int:
 
         query -> RotaryEmbedding -> GatheredAttention(K of the cache, V of the cache, mask)
         k -> RotaryEmbedding -> TensorScatter -> K of the cache;  v -> TensorScatter -> V of the cache      become
-        SkipAttention(query, k and v, cos, sin, mask, write_at, past K, past V, score, bound) -> rows, K, V of the cache
+        SkipAttention(query, k and v, cos, sin, mask, write_at, past K and V, score, bound) -> rows, K, V of the cache
 
     and FullAttention, or with rows chosen by rank, StepAttention, which has no score and no bound. A value without RoPE,
     or one whose rotated form others read, goes in as it is. Elsewhere attention stays TensorRT's: where a cache is
@@ -73,9 +72,7 @@ def attend_in_steps(graph: Graph, task: Task) -> int:
     return len(made)
 
 
-def _step_attention(
-    graph: Graph, task: Task, node: onnx.NodeProto, written: set[str]
-) -> list[onnx.NodeProto] | None:
+def _step_attention(graph: Graph, task: Task, node: onnx.NodeProto, written: set[str]) -> list[onnx.NodeProto] | None:
     """The nodes in the place of an attention, or None. Adds the outputs of the TensorScatter nodes that go."""
     decision: Decision | None = None
     if node.op_type == "GatheredAttention" and node.input[1] in task.masks:

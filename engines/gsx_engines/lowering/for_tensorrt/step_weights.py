@@ -97,9 +97,7 @@ def step_product(op: str, before: Sequence[str], weights: Sequence[StepWeights],
     """A node of a product's plugin. Args: op: without the ending for the weights' form; before: its inputs before them;
     weights: all of one form."""
     (form,) = {one.form for one in weights}
-    return step_plugin(
-        op + STEP_WEIGHTS[form], [*before, *(value for one in weights for value in one.inputs)], [out]
-    )
+    return step_plugin(op + STEP_WEIGHTS[form], [*before, *(value for one in weights for value in one.inputs)], [out])
 
 
 def step_plugin(op: str, inputs: Sequence[str], outputs: Sequence[str], **numbers: float) -> onnx.NodeProto:
