@@ -38,10 +38,14 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Write:
-    """A cache that gets a call's columns. Args: node: its TensorScatter; rows: what is written, by token."""
+    """A cache that gets a call's columns.
+
+    Args: node: its TensorScatter; rows: what is written, by token; alone: whether nothing else reads that.
+    """
 
     node: onnx.NodeProto
     rows: str
+    alone: bool
 
 
 def attend_in_steps(graph: Graph, task: Task) -> int:
@@ -51,9 +55,9 @@ def attend_in_steps(graph: Graph, task: Task) -> int:
         k -> RotaryEmbedding -> TensorScatter -> K of the cache;  v -> TensorScatter -> V of the cache      become
         SkipAttention(query, k and v, cos, sin, mask, write_at, past K and V, score, bound) -> rows, K, V of the cache
 
-    and FullAttention, or with rows chosen by rank, StepAttention, which has no score and no bound. A value without RoPE,
-    or one whose rotated form others read, goes in as it is. Elsewhere attention stays TensorRT's: where a cache is
-    written otherwise (loops that share one), for heads that the kernel does not take, and for sets of layers.
+    and FullAttention, or with rows chosen by rank, StepAttention, which has no score and no bound. A value without
+    RoPE, or one whose rotated form others read, goes in as it is. Elsewhere attention stays TensorRT's: where a cache
+    is written otherwise (loops that share one), for heads that the kernel does not take, and for sets of layers.
 
     Returns: how many.
     """
@@ -88,7 +92,7 @@ def _step_attention(graph: Graph, task: Task, node: onnx.NodeProto, written: set
         return None
     written.update((keys.node.output[0], values.node.output[0]))
     turned, new = _before_rope(graph, task, query), _before_rope(graph, task, keys.rows)
-    if new.tables not in (None, turned.tables):
+    if not keys.alone or new.tables not in (None, turned.tables):
         new = _Rows(keys.rows)
     return _nodes(graph, task, node, (turned, new), (keys, values), mask, decision)
 
@@ -101,7 +105,8 @@ def _write(graph: Graph, cache: str, reader: onnx.NodeProto) -> _Write | None:
     heads_first = graph.producer(node.input[1])
     if heads_first is None or heads_first.op_type != "Transpose" or list(heads_first.attribute[0].ints) != _HEADS_FIRST:
         return None
-    return _Write(node, heads_first.input[0])
+    new = node.input[1]
+    return _Write(node, heads_first.input[0], len(graph.users(new)) == 1 and new not in graph.output_names)
 
 
 def _before_rope(graph: Graph, task: Task, name: str) -> _Rows:
