@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -169,9 +169,17 @@ def check_cache(one: Case, present: tuple[Tensor, Tensor]) -> None:
         cases.assert_same_bits(found, wanted, "cache")
 
 
+class PoisonedKernels(cases.GuardedKernels):
+    """Scratch memory is NaN at first, so that a part that nobody wrote shows."""
+
+    def empty(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        made = super().empty(like, shape, dtype)
+        return made.fill_(0xFF) if dtype == torch.uint8 else made
+
+
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[cases.GuardedKernels]:
-    made = cases.GuardedKernels(emulated_library())
+    made = PoisonedKernels(emulated_library())
     yield made
     made.verify()
 
@@ -224,6 +232,17 @@ def test_rows_that_see_nothing(kernels: cases.GuardedKernels) -> None:
     one = case(Sizes((90,), tokens=2), 0b11, torch.float16)
     one.of.mask[0, 0, 1] = False
     check(one, kernels)
+
+
+def test_rows_do_not_touch_each_other(kernels: cases.GuardedKernels) -> None:
+    """A value that is not a number, of a later token, which an earlier one does not see."""
+    one = case(Sizes((90,), tokens=2), 0b11, torch.float16)
+    present = [(one.past[0].clone(), one.past[1].clone()) for _ in range(2)]
+    wanted = kernels.step_attention(one.of, present[0])
+    one.of.value[1] = float("nan")
+    found = kernels.step_attention(one.of, present[1])
+    cases.assert_same_bits(found[0], wanted[0], "the earlier row")
+    assert found[1].isnan().all()
 
 
 def test_other_keys_than_turned_ones(kernels: cases.GuardedKernels) -> None:
