@@ -18,7 +18,7 @@ from benchmarks.measure import Table, parse, parser, print_header
 from gsx.benchmarking.rounds import ratios, repeated
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.cost import step_bytes
-from gsx_engines.generation import Generation, generate
+from gsx_engines.generation.generate import Generation, generate
 from gsx_engines.runners.select import open_runner
 from gsx_engines.speculation.adapt import SkipSetSearch, first_set
 from gsx_engines.speculation.draft import FullDepthDraft

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from benchmarks.measure import Table, parse, parser, print_header
 from gsx.benchmarking.rounds import ratios, repeated
 from gsx_engines.bundle.bundle import open_bundle
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner

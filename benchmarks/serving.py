@@ -35,7 +35,8 @@ from examples.triton_server import ENVIRONMENT, Server, running
 from gsx.benchmarking.rounds import ratios, repeated, spread
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings
-from gsx_engines.generation import Generation, GenerationStats, generate
+from gsx_engines.generation.generate import Generation, generate
+from gsx_engines.generation.stats import GenerationStats
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import Sampling
 from gsx_engines.serving.repository import write_repository

@@ -5,6 +5,7 @@
     python -m benchmarks.speculation gates  --work DIR    the same at lower budgets: do the speeds multiply?
     python -m benchmarks.speculation memory --work DIR    a speculative process's memory over a plain one's
     python -m benchmarks.speculation loops  --work DIR --model MODEL   drafts of fewer loops (looped_model.py makes one)
+    python -m benchmarks.speculation vocabulary --work DIR --model MODEL   an exit whose head has fewer rows
     python -m benchmarks.speculation peer   --work DIR    Hugging Face's assistant_early_exit, in PyTorch
 
 The example model (or --model) continues held-out files of the standard library. Plain and speculative runs take turns
@@ -14,7 +15,7 @@ prompt by prompt; figures are sums over all prompts, since one prompt's time say
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from gsx.benchmarking.rounds import repeated
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings
-from gsx_engines.generation import GenerationStats, generate
+from gsx_engines.generation.generate import generate
+from gsx_engines.generation.stats import GenerationStats
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import GREEDY, Sampling
 from gsx_engines.speculation.draft import open_draft
@@ -208,6 +210,48 @@ def loops(args: Namespace) -> None:
             lines.row(spec, "adaptive" if length is None else length, *figures, *speeds)
 
 
+def vocabulary(args: Namespace) -> None:
+    """Plain decoding, an exit with the whole head, and the same exit choosing among fewer tokens, all in turn."""
+    spec = f"exit:{args.exits[0]}"
+    bundles = []
+    for count in (None, *args.vocabularies):
+        text = {"draft_vocabulary": count, "calibration": args.calibration} if count else {}
+        bundles.append(
+            exported(args.work / f"{spec}-{count or 'all'}".replace(":", "_"), args.model, draft=spec, **text)
+        )
+    prompts = held_out_prompts(args.model, args.prompts, PROMPT_TOKENS, args.text)
+    plain = open_runner(bundles[0], args.threads)
+    drafts = [open_draft(bundle, parse_draft(spec), args.threads) for bundle in bundles]
+    options: dict[str, Any] = {"stop_ids": [], "max_new_tokens": args.new_tokens}
+    lines = Table(
+        "tokens", "covered", "length", "right", "tokens/round", "draft step ms", "of the whole head's", "ratio"
+    )
+    for length in args.lengths:
+        order = iter([prompts[0], *prompts])  # the first one warms up
+
+        def one_round(order: Iterator[list[int]] = order, length: int = length) -> list[GenerationStats]:
+            prompt = next(order)
+            runs = [generate(plain, [prompt], **options)]
+            runs += [generate(one.runner, [prompt], draft=one, draft_length=length, **options) for one in drafts]
+            assert all(one.sequences == runs[0].sequences for one in runs), "speculation changed the text"
+            return [one.stats for one in runs]
+
+        base, *found = map(Account.of, zip(*repeated(one_round, len(prompts)), strict=True))
+        steps = [one.draft / one.rounds / length for one in found]
+        for bundle, one, step in zip(bundles, found, steps, strict=True):
+            chosen = bundle.manifest.draft.vocabulary if bundle.manifest.draft else None
+            lines.row(
+                bundle.manifest.decoder.vocab_size if chosen is None else chosen.tokens,
+                None if chosen is None else f"{chosen.covered:.1%}",
+                length,
+                f"{one.right / max(one.tried, 1):.1%}",
+                f"{one.tokens / one.rounds:.2f}",
+                f"{1e3 * step:.2f}",
+                f"{step / steps[0]:.2f}",
+                f"{one.speed / base.speed:.2f}",
+            )
+
+
 def memory(args: Namespace) -> None:
     """Whole processes that generate plainly and speculatively, one after the other."""
     workshop = Workshop.of(args.work, args.shape)
@@ -242,6 +286,7 @@ PARTS: dict[str, Callable[[Namespace], None]] = {
     "speed": speed,
     "gates": gates,
     "loops": loops,
+    "vocabulary": vocabulary,
     "memory": memory,
     "peer": peer,
 }
@@ -258,6 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--prompts", type=int, default=100, help="(default: 100)")
     made.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.7], help="of `equal` (default: 1 0.7)")
     made.add_argument("--new-tokens", type=int, default=128, help="(default: 128)")
+    made.add_argument("--vocabularies", type=int, nargs="+", default=[128, 256], help="tokens (default: 128 256)")
+    made.add_argument("--calibration", type=Path, help="text to choose them by (default: the one that ships with gsx)")
+    made.add_argument("--text", type=Path, help="of the prompts in `vocabulary` (default: held-out Python files)")
     made.add_argument("--shape", default="small", help="of the benchmark model, in `memory` (default: small)")
     args = parse(made, arguments)
     print_header(made, args, arguments)

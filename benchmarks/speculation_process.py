@@ -30,7 +30,7 @@ def ask(kind: str, **spec: Any) -> dict[str, float]:
 def plain_memory(spec: Spec) -> dict[str, float]:
     """Memory after plain decoding. Args: spec: bundle, threads, number of prompt tokens and of new tokens."""
     from gsx_engines.bundle.bundle import open_bundle
-    from gsx_engines.generation import generate
+    from gsx_engines.generation.generate import generate
     from gsx_engines.runners.select import open_runner
 
     runner = open_runner(open_bundle(spec["bundle"]), spec["threads"])
@@ -41,7 +41,7 @@ def plain_memory(spec: Spec) -> dict[str, float]:
 def speculative_memory(spec: Spec) -> dict[str, float]:
     """Memory after decoding with the bundle's own draft."""
     from gsx_engines.bundle.bundle import open_bundle
-    from gsx_engines.generation import generate
+    from gsx_engines.generation.generate import generate
     from gsx_engines.speculation.draft import open_draft
 
     bundle = open_bundle(spec["bundle"])

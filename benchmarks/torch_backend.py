@@ -28,7 +28,8 @@ from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.bundle.words import Precision
 from gsx_engines.errors import EngineError
-from gsx_engines.generation import GenerationStats, generate
+from gsx_engines.generation.generate import generate
+from gsx_engines.generation.stats import GenerationStats
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.select import open_runner
 

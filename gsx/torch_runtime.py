@@ -17,9 +17,11 @@ import numpy as np
 import onnx
 import torch
 import torch._dynamo  # PyTorch would import it in the first call of an op of ours, where seconds are a user's
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from gsx.backend_names import Device
+from gsx_engines.bundle import tensor_names
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.manifest import DecoderShape, Gates
 from gsx_engines.bundle.words import BRANCHES, Branch
@@ -29,7 +31,7 @@ from gsx_engines.runners.kept import KeptTable
 from gsx_exporter.checkpoint.hf_config import read_config
 from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.decoder.ends import Entry, Exit, LoopEntry, shared_values
+from gsx_exporter.decoder.ends import Entry, Exit, LoopEntry, ShortExit, shared_values
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows, KeyValue
 from gsx_exporter.decoder.loading import filled_exit_modules
 from gsx_exporter.rules.registry import traced_rule
@@ -109,7 +111,7 @@ class TorchStage:
         with torch.device("meta"):
             self._entry = Entry(hf_config, config, options)
             self._layers = [_Layer(config, options, i) for i in self.layers]
-            self._exit = Exit(config, options.dtype)
+            self._exit, self._places = self._leave(weights, graph)
             self._loop_entry = LoopEntry(config, options.dtype) if config.loops is not None else None
         self._entered = tuple(self._rule.entered()) if self._rule else ()
         weights.fill(self._entry, "")
@@ -216,7 +218,17 @@ class TorchStage:
         if logits == "last":
             last = [row * length + max(count - 1, 0) for row, count in enumerate(call.counts)]
             hidden, ids = hidden[last], ids[:, :1]
-        return _to_host(self._exit(hidden, ids))
+        return _to_host(self._exit(hidden, ids, *self._places))
+
+    def _leave(self, weights: _Weights, graph: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """Final norm and head of a graph, and what the head reads besides states: in a draft that chooses among few
+        tokens, their places."""
+        draft = self.manifest.draft
+        if graph != "draft" or draft is None or draft.vocabulary is None:
+            return Exit(self._config, self._dtype), ()
+        places = weights.constant(graph, tensor_names.DRAFT_PLACES)
+        tokens = [0] * draft.vocabulary.tokens  # which of them is in their weights
+        return ShortExit(self._config, tokens, self._dtype), (places,)
 
     def _to_device(self, array: np.ndarray | None, dtype: torch.dtype | None = None) -> Tensor:
         return torch.as_tensor(array).to(self._device, dtype or self._dtype)
@@ -278,8 +290,8 @@ class _Weights:
 
     def __init__(self, bundle: Bundle, device: torch.device) -> None:
         self._bundle, self._device = bundle, device
-        graph = onnx.load(str(bundle.graph_path("model")), load_external_data=False).graph
-        self._stored = {tensor.name: tensor for tensor in graph.initializer if tensor.external_data}
+        graphs = [self._graph(name) for name in ("model", "draft") if name in bundle.manifest.graphs]
+        self._stored = {one.name: one for graph in graphs for one in graph.initializer if one.external_data}
         # Copy on write: PyTorch requires writable memory, although nothing writes to it.
         self._file = np.memmap(bundle.directory / bundle.manifest.weights.file, np.uint8, mode="c")
         self._tensors: dict[str, Tensor] = {}
@@ -296,6 +308,16 @@ class _Weights:
             if (tensor.shape, tensor.dtype) != (parameter.shape, parameter.dtype):
                 raise self._error(prefix + name, _spell(parameter), _spell(tensor))
         module.load_state_dict(state, assign=True)
+
+    def constant(self, graph: str, name: str) -> Tensor:
+        """A constant that is in a graph's file."""
+        found = next((one for one in self._graph(graph).initializer if one.name == name), None)
+        if found is None or found.external_data:
+            raise self._error(name, f"a constant of {graph}.onnx", "no such constant")
+        return torch.from_numpy(numpy_helper.to_array(found).copy()).to(self._device)
+
+    def _graph(self, name: str) -> onnx.GraphProto:
+        return onnx.load(str(self._bundle.graph_path(name)), load_external_data=False).graph
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:

@@ -21,7 +21,7 @@ from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues
 from gsx_engines.bundle.cost import Work, work_of
 from gsx_engines.bundle.words import BRANCHES
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.base import Cache, Logits, Runner, StepOutput
 from gsx_engines.runners.select import open_runner
 from gsx_engines.speculation.draft import open_draft

@@ -152,6 +152,14 @@ def export(
             show_default="none",
         ),
     ] = None,
+    draft_vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With an exit: the draft chooses among the N tokens that the calibration text has most often.",
+            show_default="all tokens",
+        ),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -208,6 +216,7 @@ def export(
             calibration_tokens=calibration_tokens,
             context=context,
             draft=draft,
+            draft_vocabulary=draft_vocabulary,
             quantize=numbers.quantize(),
             kv_cache=kv_cache,
             overwrite=overwrite,

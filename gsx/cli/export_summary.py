@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gsx.cli.console import out, size, table
@@ -140,14 +141,16 @@ def _print_confidence(values: dict[str, Any], exits: list[int]) -> None:
 def _draft_of(entry: DraftEntry) -> dict[str, Any]:
     values = entry.model_dump(mode="json")
     measured = [row | {"draft": str(one.draft)} for row, one in zip(values["measured"], entry.measured, strict=True)]
-    return {"draft": str(entry.draft), "length": values["length"], "measured": measured}
+    vocabulary = values.get("vocabulary")
+    return {"draft": str(entry.draft), "length": values["length"], "measured": measured, "vocabulary": vocabulary}
 
 
 def _print_draft(entry: dict[str, Any]) -> None:
     """Print the draft and, if drafts were measured, the table that it was chosen from."""
     console = out()
+    named = f"draft: {draft_line(entry['draft'], entry['vocabulary'])}"
     if not entry["measured"]:
-        console.print(f"draft: {entry['draft']}")
+        console.print(named)
         return
     rows = []
     for one in entry["measured"]:
@@ -158,4 +161,15 @@ def _print_draft(entry: dict[str, Any]) -> None:
     console.print(table("drafts, measured on the calibration text", heads, rows, right=1))
     best = max(one["tokens_per_second"] / one["plain_tokens_per_second"] for one in entry["measured"])
     note = "" if best > 1 else ": none was faster than plain decoding on this machine"
-    console.print(f"draft: {entry['draft']}{note}")
+    console.print(f"{named}{note}")
+
+
+def draft_line(draft: str, vocabulary: Mapping[str, Any] | None) -> str:
+    """A draft, and the tokens that it chooses among. Args: vocabulary: the manifest's entry; None for all."""
+    if vocabulary is None:
+        return draft
+    text = vocabulary["text"]
+    return (
+        f"{draft}, choosing among {vocabulary['tokens']:,} tokens: {vocabulary['covered']:.1%} of {text['name']} "
+        f"({text['tokens']:,} tokens)"
+    )

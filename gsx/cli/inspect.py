@@ -10,6 +10,7 @@ import typer
 
 from gsx.cli.build import products_line
 from gsx.cli.console import out, print_json, quiet_libraries, size, table
+from gsx.cli.export_summary import draft_line
 from gsx.cli.options import JsonOption
 from gsx.cli.policies import policy_line
 from gsx.cli.signals import loading
@@ -80,7 +81,7 @@ def _print(report: InspectReport) -> None:
             ("K/V policy", bundle["kv_policy"]),
             ("8 bits", bundle["quantization"] or "none"),
             ("K/V cache", bundle["kv_cache"] or "as activations"),
-            ("draft", bundle["draft"] or "none"),
+            ("draft", draft_line(bundle["draft"], bundle["draft_vocabulary"]) if bundle["draft"] else "none"),
             *(_engines(bundle["engines"]) or [("engines", "none (gsx build)")]),
             ("parity", parity),
         ]

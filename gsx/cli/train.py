@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Seconds between lines when stderr is not a terminal.
 _PLAIN_SECONDS = 30.0
+# Not the option's own default: what trains no recipe must tell whether one was asked for.
+_RECIPE = "gateskip"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -35,9 +37,12 @@ class RecipeOptions:
     """What is trained, and how. Everything else: --set."""
 
     recipe: Annotated[
-        str,
-        typer.Option(help="gateskip, layerskip, gateskip+layerskip, sorted, or a YAML file; --print-recipe shows it."),
-    ] = "gateskip"
+        str | None,
+        typer.Option(
+            help="gateskip, layerskip, gateskip+layerskip, sorted, or a YAML file; --print-recipe shows it.",
+            show_default=_RECIPE,
+        ),
+    ] = None
     model: Annotated[
         str | None, typer.Option(help="The model: a directory or a hub id.", show_default="the recipe's")
     ] = None
@@ -130,13 +135,14 @@ def train(
     if print_recipe:
         from gsx.workflows.train import recipe_file
 
-        print(recipe_file(options.recipe), end="")
+        print(recipe_file(options.recipe or _RECIPE), end="")
         return
     if output is None and not dry_run:
         raise typer.BadParameter("where the result goes", param_hint="--output")
     if exit_classifiers is not None or exit_gate:
         option = "--exit-classifiers" if exit_classifiers is not None else "--exit-gate"
         others = {
+            "recipe": options.recipe,
             "work": work,
             "resume": resume,
             "finish": finish,
@@ -176,7 +182,7 @@ def train(
             from gsx.workflows.train import train as run
 
             check_packages()
-        chosen = settings(options.recipe, options.to_changes())
+        chosen = settings(options.recipe or _RECIPE, options.to_changes())
         if first:
             remark(chosen.to_yaml().rstrip())
         if dry_run:

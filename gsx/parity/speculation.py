@@ -17,9 +17,10 @@ from scipy import special
 
 from gsx.parity.closeness import Observation
 from gsx.parity.difference import Accumulator, Comparison
+from gsx.parity.store import Rows
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
-from gsx_engines.generation import Generated, generate
+from gsx_engines.generation.generate import Generated, generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import Backend, open_runner, open_split_runner
@@ -189,13 +190,26 @@ class SpeculationSide:
                     cache = runner.new_cache(*one.ids.shape)
                     assert one.want.exit_logits is not None
                     early = runner.draft(cache, one.ids, one.controls, logits="all").logits[0]
-                    draft.add(one.want.exit_logits, early, one.clean, number)
+                    draft.add(*self._chosen_among(one.want.exit_logits, early), one.clean, number)
                     del early
                     verify.add(one.want.logits, runner.verify(cache).logits[0], one.clean, number)
                 found[setting][f"draft, {name} runner"] = draft.result()
                 found[setting][f"verify, {name} runner"] = verify.result()
             del runner
         return found
+
+    def _chosen_among(self, want: Rows, have: np.ndarray) -> tuple[Rows, np.ndarray]:
+        """Logits [S, V] of the reference and of the draft, [S, N] of the tokens that the draft chooses among.
+
+        The others must be minus infinity, as many as the manifest says; else all are compared, and those fail.
+        """
+        vocabulary = self._bundle.manifest.draft.vocabulary if self._bundle.manifest.draft else None
+        if vocabulary is None:
+            return want, have
+        chosen = ~np.isneginf(have).all(axis=0)
+        if chosen.sum() != vocabulary.tokens:
+            return want, have
+        return np.asarray(want)[:, chosen], have[:, chosen]
 
     def results(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,12 +52,15 @@ class Calibrated:
         """The tensors to write: smoothed where the quantization plan smooths them."""
         return self.checkpoint if self.plan is None else self.plan.checkpoint
 
-    def graph_builder(self) -> GraphBuilder:
-        """The builder that traces the decoder. Its graphs are quantized if there is a plan."""
+    def graph_builder(self, draft_tokens: Sequence[int] | None) -> GraphBuilder:
+        """The builder that traces the decoder. Its graphs are quantized if there is a plan.
+
+        Args: draft_tokens: ids that a draft chooses among; None for all.
+        """
         rewrite = None
         if self.plan is not None:
             rewrite = functools.partial(quantize_graphs, plan=self.plan, dtype=self.options.dtype)
-        return GraphBuilder(self.checkpoint, self.options, self.defaults, rewrite)
+        return GraphBuilder(self.checkpoint, self.options, self.defaults, rewrite, draft_tokens)
 
 
 def calibrate_all(

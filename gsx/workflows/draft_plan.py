@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gsx.workflows.draft_search import DraftSearch
-from gsx_engines.bundle.drafts import DraftEntry, DraftKind
+from gsx_engines.bundle.drafts import DraftEntry, DraftKind, DraftVocabulary
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import Precision
 from gsx_engines.draft_trials.measure import SHORTEST_CONTEXT, candidate_exits
@@ -37,38 +37,69 @@ class DraftPlan:
         named: the draft; None if it is searched, or if there is no draft.
         search: `BEST_EXIT` or `BEST_LAYERS`; None if nothing is searched.
         exits: depths that the graphs may be split at; they are first split at the first one.
+        vocabulary: how many tokens the exit chooses among; None for all.
     """
 
     named: DraftKind | None = None
     search: str | None = None
     exits: tuple[int, ...] = ()
+    vocabulary: int | None = None
 
     @property
     def split(self) -> int | None:
         """The depth to split the graphs at; None for one graph."""
         return self.exits[0] if self.exits else None
 
-    def settle(self, manifest: Manifest, begin_search: Callable[[], DraftSearch]) -> Manifest:
+    def settle(
+        self, manifest: Manifest, vocabulary: DraftVocabulary | None, begin_search: Callable[[], DraftSearch]
+    ) -> Manifest:
         """Check the draft or search for it. Returns: the manifest with it; its graphs are those of the best exit.
 
-        Args: manifest: without a draft; begin_search: called if a draft is searched.
+        Args: manifest: without a draft; vocabulary: what the exit chooses among; begin_search: called if a draft is
+            searched.
         """
         if self.search is not None:
             search = begin_search()
             return search.best_exit(self.exits) if self.search == BEST_EXIT else search.best_layers()
         if self.named is None:
             return manifest
-        manifest = manifest.model_copy(update={"draft": DraftEntry(draft=self.named)})
+        manifest = manifest.model_copy(update={"draft": DraftEntry(draft=self.named, vocabulary=vocabulary)})
         check_draft(self.named, manifest)
         return manifest
 
 
-def plan_draft(draft: str | None, config: ModelConfig, keep: RulePlan, precision: Precision) -> DraftPlan:
-    """Parse the `draft` argument of `gsx.export`, and check it against checkpoint and keep rule.
+def plan_draft(
+    draft: str | None, vocabulary: int | None, config: ModelConfig, keep: RulePlan, precision: Precision
+) -> DraftPlan:
+    """Parse the arguments `draft` and `draft_vocabulary` of `gsx.export`, and check them against checkpoint and keep
+    rule.
 
     Raises:
-        UsageError: it is not a draft, or it does not work with the model, its keep rule or this machine.
+        UsageError: it is not a draft, or it does not work with the model, its keep rule or this machine; the vocabulary
+            is not a part of the model's, or the draft has no head of its own.
     """
+    plan = _plan_of(draft, config, keep, precision)
+    if vocabulary is None:
+        return plan
+    if not plan.exits:
+        raise UsageError(
+            f"--draft-vocabulary {vocabulary}: only an exit has a head of its own",
+            expected="--draft exit:E or auto",
+            found="no draft" if draft is None else f"--draft {draft}",
+        )
+    least = max(1, len(config.eos_ids))
+    if not least <= vocabulary <= config.vocab_size:
+        raise UsageError(
+            "the draft's vocabulary is out of range",
+            expected=f"{least:,} (the tokens that end a text are always in it) to {config.vocab_size:,}"
+            if config.eos_ids
+            else f"{least} to {config.vocab_size:,}",
+            found=f"{vocabulary:,}",
+        )
+    return replace(plan, vocabulary=vocabulary)
+
+
+def _plan_of(draft: str | None, config: ModelConfig, keep: RulePlan, precision: Precision) -> DraftPlan:
     if draft is None:
         return DraftPlan()
     parsed = None if draft in (BEST_EXIT, BEST_LAYERS) else parse_draft(draft)

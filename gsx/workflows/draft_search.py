@@ -11,7 +11,7 @@ from gsx.workflows.graph_files import write_graphs
 from gsx.workflows.skip_set_search import search_skip_sets
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.cost import step_bytes
-from gsx_engines.bundle.drafts import DraftEntry, DraftMeasurement, ExitDraft
+from gsx_engines.bundle.drafts import DraftEntry, DraftMeasurement, DraftVocabulary, ExitDraft
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.draft_trials.measure import measure_draft, plain_run
 from gsx_engines.draft_trials.replay import Replay
@@ -36,6 +36,7 @@ class DraftSearch:
         manifest: the bundle's manifest, without a draft.
         builder, weights: to make its graphs.
         windows: token ids [M, S] to take prompts from.
+        vocabulary: what exits choose among; None for all tokens.
         on_progress: called with the progress.
     """
 
@@ -46,9 +47,11 @@ class DraftSearch:
         builder: GraphBuilder,
         weights: WeightsFile,
         windows: np.ndarray,
+        vocabulary: DraftVocabulary | None,
         on_progress: OnProgress,
     ) -> None:
         self._work, self._manifest, self._builder, self._weights = work, manifest, builder, weights
+        self._vocabulary = vocabulary
         half = windows.shape[1] // 2
         self._prompts = _beginnings(windows[:, :half], _PROMPTS)
         self._others = _beginnings(windows[:, half:], _REPLAYED)
@@ -61,10 +64,10 @@ class DraftSearch:
             step = Progress(f"measuring drafts (exit:{layer})", number, len(exits))
             self._on_progress(step)
             draft = ExitDraft(layer=layer)
-            bundle = Bundle(self._work, self._with(DraftEntry(draft=draft)))
+            bundle = Bundle(self._work, self._with(DraftEntry(draft=draft, vocabulary=self._vocabulary)))
             plain = plain or plain_run(open_runner(bundle), self._prompts)
             found.append(measure_draft(open_draft(bundle, draft), plain, as_step(self._on_progress, step)))
-        return self._with(_best_of(found))
+        return self._with(_best_of(found).model_copy(update={"vocabulary": self._vocabulary}))
 
     def best_layers(self) -> Manifest:
         """Search for the set of branches to leave out, and measure the best. Returns: the manifest, with draft."""

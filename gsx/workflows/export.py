@@ -9,6 +9,7 @@ from gsx.workflows.bundle_manifest import manifest_of
 from gsx.workflows.calibrated import calibrate_all
 from gsx.workflows.draft_plan import plan_draft
 from gsx.workflows.draft_search import DraftSearch
+from gsx.workflows.draft_vocabulary import draft_vocabulary_of
 from gsx.workflows.export_text import read_export_text
 from gsx.workflows.graph_files import write_graphs
 from gsx.workflows.memory import check_quantizing_memory
@@ -48,6 +49,7 @@ def export(
     calibration_tokens: int = CALIBRATION_TOKENS,
     context: int | None = None,
     draft: str | None = None,
+    draft_vocabulary: int | None = None,
     quantize: Quantize | None = None,
     kv_cache: KvCacheType | None = None,
     overwrite: bool = False,
@@ -75,6 +77,9 @@ def export(
             `gsx_engines.speculation.spec.parse_draft`). `auto` searches for the exit, `layers:auto` for the set of
             layers to leave out, with the largest speedup over plain decoding on this machine, on the calibration text.
             None for no draft.
+        draft_vocabulary: how many tokens an exit's draft chooses among: those that the whole calibration text has most
+            often, and those that end a text. Its head has so many rows; the verification has the whole head, so the
+            text stays the same. None for all tokens.
         quantize: what to run in 8 bits; None to quantize nothing.
         kv_cache: type in which ONNX Runtime stores K and V; None for that of the activations.
         overwrite: replace a bundle that is already at `output`.
@@ -97,17 +102,19 @@ def export(
     checkpoint.config = keep.of_model(checkpoint.config)
     types = NumberTypes(precision, quantize, kv_cache)
     types.check(checkpoint.config, keep)
-    drafting = plan_draft(draft, checkpoint.config, keep, precision)
-    text = read_export_text(checkpoint, keep, types, drafting, calibration, calibration_tokens)
+    drafting = plan_draft(draft, draft_vocabulary, checkpoint.config, keep, precision)
+    text = read_export_text(checkpoint, keep, types, drafting, calibration, calibration_tokens, on_progress)
+    chosen, vocabulary = draft_vocabulary_of(drafting, text, checkpoint.config)
     if types.quantize is not None and text.seen is not None:
         chooses = SCHEMES[types.quantize.scheme].chosen_on_text
         check_quantizing_memory(checkpoint.config, text.seen.tokens, chooses_codes=chooses)
-    needed = checkpoint.weight_bytes() * types.dtype.itemsize // 4 + _SLACK_BYTES
+    numbers = checkpoint.weight_bytes() // 4 + len(chosen or ()) * checkpoint.config.hidden_size
+    needed = numbers * types.dtype.itemsize + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
         with TemporaryDirectory(dir=work) as scratch:
             calibrated = calibrate_all(checkpoint, keep, types, text, Path(scratch), on_progress)
             on_progress(Progress("tracing"))
-            builder = calibrated.graph_builder()
+            builder = calibrated.graph_builder(chosen)
             graphs = builder.graphs(drafting.split)
             found = calibrated.weights
             read, size = found.parameter, found.parameter_size
@@ -123,7 +130,7 @@ def export(
 
         def begin_search() -> DraftSearch:
             assert text.seen is not None
-            return DraftSearch(work, manifest, builder, weights, text.seen.ids, on_progress)
+            return DraftSearch(work, manifest, builder, weights, text.seen.ids, vocabulary, on_progress)
 
-        write_manifest(work, drafting.settle(manifest, begin_search))
+        write_manifest(work, drafting.settle(manifest, vocabulary, begin_search))
     return open_bundle(output)

@@ -15,13 +15,14 @@ from gsx.backend_names import BackendName, Device
 from gsx.backends import open_backend
 from gsx.defaults import NEW_TOKENS
 from gsx.workflows.hub import open_named
-from gsx_engines import generation
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.bundle.drafts import DraftKind, LayersDraft
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.generation import FinishReason, GenerationStats
+from gsx_engines.generation.continuation import FinishReason
+from gsx_engines.generation.generate import generate as continue_prompts
+from gsx_engines.generation.stats import GenerationStats
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import Sampling, TokenLogprobs, check_logprobs
 from gsx_engines.speculation.adapt import Adaptation, SkipSetSearch, first_set
@@ -265,7 +266,7 @@ class Generator:
         def write(_sequence: int, token: int) -> bool:
             return writer is not None and token not in (stop_ids or ()) and writer.push(token)
 
-        result = generation.generate(
+        result = continue_prompts(
             self._runner,
             [prompt_ids],
             max_new_tokens=max_new_tokens,

@@ -269,6 +269,9 @@ def _bundle_facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
         "budget": selection.budget if selection else None,
         "kv_policy": manifest.kv_policy,
         "draft": str(manifest.draft.draft) if manifest.draft else None,
+        "draft_vocabulary": manifest.draft.vocabulary.model_dump()
+        if manifest.draft and manifest.draft.vocabulary
+        else None,
         "quantization": manifest.quantization.scheme if manifest.quantization else None,
         "kv_cache": manifest.kv_cache.type if manifest.kv_cache else None,
         "engines": {name: _engine_facts(entry) for name, entry in manifest.engines.items()},

@@ -115,6 +115,18 @@ def test_speculation_changes_no_token(
     ]
 
 
+def test_a_smaller_head_changes_no_token(
+    make_tiny_bundle: Callable[..., Path], tiny_gated: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, options in (("all", {}), ("40", {"draft_vocabulary": 40})):
+        (work / f"exit_1-{name}").symlink_to(
+            make_tiny_bundle(draft="exit:1", **options)
+        )  # which other tests export too
+    arguments = ["--model", str(tiny_gated), "--exits", "1", "--prompts", "2", "--vocabularies", "40"]
+    speculation.main(["vocabulary", "--work", str(work), "--quick", "--threads", "1", *arguments])
+    assert [line[:3:2] for line in lines_of(capsys)] == [["259", "2"], ["40", "2"]]
+
+
 def test_drafts_of_fewer_loops_change_no_token(tmp_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_checkpoint(tmp_path / "model", "dory", tokenizer=True)
     loops = open_checkpoint(model).config.loops

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gsx_engines.bundle.bundle import open_bundle
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.whole import WholeRunner
 

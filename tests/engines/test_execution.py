@@ -14,7 +14,7 @@ from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.errors import EngineError
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.split import SplitRunner
 from gsx_engines.runners.tensorrt import TensorRTStage

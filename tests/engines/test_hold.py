@@ -15,7 +15,7 @@ from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.bundle.hold import BLOCK, Hold
 from gsx_engines.bundle.selection import GridPoint, Selection
 from gsx_engines.bundle.words import BRANCHES
-from gsx_engines.generation import Generation, generate
+from gsx_engines.generation.generate import Generation, generate
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner

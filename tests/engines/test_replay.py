@@ -20,7 +20,7 @@ from gsx_engines.bundle.drafts import LayersDraft
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_engines.draft_trials.replay import Replay
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import Sampling
 from gsx_engines.speculation import adapt

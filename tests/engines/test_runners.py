@@ -15,7 +15,7 @@ from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, controls_for
 from gsx_engines.errors import BundleError
-from gsx_engines.generation import Generation, generate
+from gsx_engines.generation.generate import Generation, generate
 from gsx_engines.lowering.for_onnxruntime.probe import is_supported
 from gsx_engines.lowering.for_onnxruntime.regions import find_regions
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage

@@ -19,7 +19,8 @@ import gsx
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
 from gsx_engines.errors import EngineError
-from gsx_engines.generation import Continuation, Decoding
+from gsx_engines.generation.continuation import Continuation
+from gsx_engines.generation.decoding import Decoding
 from gsx_engines.runners.base import Cache, Logits, Runner, StepOutput
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner

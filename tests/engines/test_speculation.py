@@ -15,7 +15,7 @@ from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.drafts import BudgetDraft, ExitDraft, LayersDraft
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner, open_split_runner
 from gsx_engines.runners.split import SplitRunner

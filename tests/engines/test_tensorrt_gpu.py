@@ -16,7 +16,7 @@ from gsx_engines.building.build import build
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of, write_manifest
 from gsx_engines.bundle.controls import controls_for
 from gsx_engines.errors import EngineError
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.tensorrt import open_stage
 from gsx_engines.runners.whole import WholeRunner

@@ -16,7 +16,7 @@ from gsx_engines.building.profiles import default_profiles, parse_profile
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, controls_for
 from gsx_engines.errors import EngineError
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.lowering.for_tensorrt.task import MAX_TOPK
 from gsx_engines.lowering.tensorrt import lower
 from gsx_engines.runners.base import Logits, Runner

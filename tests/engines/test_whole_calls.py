@@ -11,7 +11,7 @@ import pytest
 from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.split import SplitRunner
 from gsx_engines.runners.whole import WholeRunner

@@ -24,7 +24,7 @@ from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.bundle.drafts import LoopsDraft
 from gsx_engines.bundle.loops import Loops
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.lowering.onnxruntime import lower
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage

@@ -19,7 +19,7 @@ from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.tensor_names import past
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.lowering.onnxruntime import lower
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner

@@ -94,7 +94,8 @@ def test_a_result_is_exported_and_proved(tmp_path: Path, model: Path, text: Path
     recipe = "gateskip" if mode == "frozen" else "gateskip+layerskip"
     # The branches of layer 0 always run, in the engine too: their gates give every token the same score.
     start = {"gate__start": "change", "gate__open_layers": [0], "gate__weights": "measured"} if mode == "lora" else {}
-    chosen = settings(recipe, model=model, data__source=text, mode=mode, **start)
+    ranks = {"lora__rank": 2, "lora__rank_pattern": {r"layers\.0\..*": 5}} if mode == "lora" else {}
+    chosen = settings(recipe, model=model, data__source=text, mode=mode, **start, **ranks)
     result = run(chosen, tmp_path, on_progress=phases.append)
     assert [p.done for p in phases if p.stage == "training"] == list(range(1, 7))
     assert (result.steps, result.resumed_at) == (6, 0)
@@ -237,6 +238,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, model: Path, text: Path) -> No
 def test_refused(tmp_path: Path, model: Path, text: Path) -> None:
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"lora__rank": 65}, UsageError, r"rank is larger than a matrix\n.*at most 32.*k_proj.*found rank 65"),
+        ({"lora__rank_pattern": {r"layers\.0\..*": 33}}, UsageError, r"larger than a matrix\n.*found rank 33"),
+        ({"lora__rank_pattern": {r"layers\.9\..*": 2}}, UsageError, r"rank_pattern names no layer.*\n.*layers\\.9"),
         ({"lora__targets": ["q_prj"]}, UsageError, "targets names no layer"),
         ({"exits__every": 3}, UsageError, "exits are outside the model"),
         ({"data__length": 1000}, UsageError, "rows are longer than the model's texts"),

@@ -56,6 +56,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"gate": {"std": "0.1"}}, r"gate\.std cannot be used\n.*number.*found '0\.1'"),
     ({"gate": {"budget_end": 1.5}}, r"gate\.budget_end cannot be used\n.*less than or equal to 1"),
     ({"lora": {"rank": 0}}, r"lora\.rank cannot be used\n.*greater than or equal to 1, found 0"),
+    ({"lora": {"rank_pattern": {"(": 2}}}, r"lora\.rank_pattern cannot be used\n.*regular expression"),
     ({"exits": {}}, r"exits cannot be used\n.*one of depths and every"),
     ({"exits": {"depths": [0]}}, r"exits\.depths\.0 cannot be used"),
     ({"gate": None}, r"settings cannot be used\n.*gate, exits or both"),

@@ -23,7 +23,7 @@ from gsx_engines.building.build import build
 from gsx_engines.building.job import run_job
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.tensorrt import TensorRTStage, open_stage

@@ -82,6 +82,14 @@ def test_running_a_bundle_needs_no_torch(tiny_bundle: Path) -> None:
         (["train", "-o", "out", "--exit-classifiers", "auto"], ["--exit-classifiers", "--model"]),
         (["train", "-o", "out", "--model", "x", "--exit-classifiers", "soon"], ["'soon'", "or auto"]),
         (["train", "-o", "out", "--model", "x", "--exit-classifiers", "1", "--max-steps", "5"], ["--max-steps"]),
+        (
+            ["train", "-o", "out", "--model", "x", "--exit-classifiers", "1", "--recipe", "layerskip"],
+            ["--recipe", "cannot be combined with --exit-classifiers"],
+        ),
+        (
+            ["train", "-o", "out", "--model", "x", "--exit-gate", "--recipe", "gateskip"],
+            ["--recipe", "cannot be combined with --exit-gate"],
+        ),
         (["train", "-o", "out", "--tokens", "5"], ["--tokens", "belongs to --exit-classifiers"]),
     ],
 )

@@ -21,7 +21,7 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import controls_for
 from gsx_engines.bundle.manifest import Quantization
 from gsx_engines.errors import BundleError, EngineError
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner

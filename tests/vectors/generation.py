@@ -6,7 +6,7 @@ from typing import Any
 
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.generation import Generation, generate
+from gsx_engines.generation.generate import Generation, generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.split import SplitRunner
 from gsx_engines.runners.tensorrt import TensorRTStage

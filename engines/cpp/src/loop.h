@@ -1,4 +1,4 @@
-// The decoding loop, plain or with a draft that the model verifies: the loop of gsx_engines/generation.py.
+// The decoding loop, plain or with a draft that the model verifies: the loop of gsx_engines/generation/decoding.py.
 
 #pragma once
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from itertools import groupby
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from gsx_engines.bundle.fields import Budget, Section
+from gsx_engines.bundle.fields import Budget, Section, Share, SparseSection
+from gsx_engines.bundle.selection import CalibrationText
 from gsx_engines.bundle.words import BRANCHES, Branch
 
 
@@ -88,15 +89,33 @@ class DraftMeasurement(Section):
     plain_tokens_per_second: float
 
 
-class DraftEntry(Section):
+class DraftVocabulary(Section):
+    """The tokens that an exit's draft chooses among: those that a text has most often, and those that end a text.
+
+    Args:
+        tokens: how many.
+        covered: the share of the text's tokens that are among them.
+        text: the text that was counted.
+    """
+
+    tokens: Annotated[int, Field(ge=1)]
+    covered: Share
+    text: CalibrationText
+
+
+class DraftEntry(SparseSection):
     """How this bundle drafts, unless a request chooses another draft.
 
     Args:
         draft: what is left out.
         length: tokens to draft before the first verifications, until the loop has measurements; null: its own choice.
         measured: if the draft was chosen by measurement (`auto`, `layers:auto`), the result of each candidate.
+        vocabulary: the tokens that an exit's draft chooses among; null: all, and the manifest does not have the key.
     """
+
+    sparse: ClassVar[frozenset[str]] = frozenset({"vocabulary"})
 
     draft: DraftKind
     length: DraftTokens | None = None
     measured: tuple[DraftMeasurement, ...] = ()
+    vocabulary: DraftVocabulary | None = None

@@ -25,6 +25,7 @@ Threshold = Annotated[
 ]
 Table = Sequence[tuple[Threshold, Threshold]]
 Budget = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # A file of the bundle; its name has no folders, so it cannot point outside the bundle.

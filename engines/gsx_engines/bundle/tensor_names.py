@@ -22,6 +22,10 @@ LOGITS = "logits"  # [B, S, V] float
 EXIT_HIDDEN = "exit_hidden"  # [B, S, H] float
 EXIT_KEY, EXIT_VALUE = "exit_key", "exit_value"  # [B, K/V heads, S, D] float; K/V policy `copy` only
 
+# Constants of a `draft.onnx` that chooses among N of the V tokens: their rows of the head [H, N], and the place of each
+# token among them [V] int64 (N: not there).
+DRAFT_HEAD, DRAFT_PLACES = "draft_head", "draft.places"
+
 # K and V of one cache: `past_key_values.3.key` goes in, `present.3.key` comes out. Layers have a cache each, of the
 # same number; visits of a looped model may share some (`DecoderShape.cache_of`).
 PAST = "past_key_values."  # [B, K/V heads, P, D] float

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gsx_engines.bundle.drafts import DraftMeasurement
-from gsx_engines.generation import Generation, GenerationStats, generate
+from gsx_engines.generation.generate import Generation, generate
+from gsx_engines.generation.stats import GenerationStats
 from gsx_engines.runners.base import Runner
 from gsx_engines.speculation.draft import Draft
 from gsx_engines.speculation.length import LONGEST

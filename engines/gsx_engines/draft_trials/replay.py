@@ -14,7 +14,7 @@ import numpy as np
 
 from gsx_engines.bundle.controls import controls_for
 from gsx_engines.bundle.drafts import LayersDraft
-from gsx_engines.generation import generate
+from gsx_engines.generation.generate import generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.speculation.draft import draft_controls
 from gsx_engines.speculation.length import CHUNK

@@ -21,7 +21,8 @@ What differs from the portable graph (all measured, benchmarks/RESULTS.md; the p
 - where a rule chooses for whole calls (sets of layers), an entered branch is what it is in a dense model: nothing is
   gathered or put back (`whole_calls.py`);
 - final norm and head are a model of their own. It runs only on the requested columns (in generation, the last one), and
-  the two halves of a split decoder share it, so that its weights are in memory once.
+  the two halves of a split decoder share it, so that its weights are in memory once; a draft that chooses among few
+  tokens has one of its own.
 
 In a step every row is the last one of its sequence, so the op's own mask by length, and by window, is the whole mask.
 The kept rows' queries are at the positions of their sequences; the other sequences attend to one column, and their
@@ -59,7 +60,7 @@ from gsx_engines.lowering.for_onnxruntime.cache import (
 from gsx_engines.lowering.for_onnxruntime.decisions import decide
 from gsx_engines.lowering.for_onnxruntime.dots import dot_rows
 from gsx_engines.lowering.for_onnxruntime.experts import spread_experts
-from gsx_engines.lowering.for_onnxruntime.head import give_state, take_state
+from gsx_engines.lowering.for_onnxruntime.head import give_state, scatter_logits, take_state
 from gsx_engines.lowering.for_onnxruntime.lengths import count_from_total_length, mask_by_place
 from gsx_engines.lowering.for_onnxruntime.packed import pack_products
 from gsx_engines.lowering.for_onnxruntime.quantized import fuse_products, shared_table, unsigned_codes, weights_inside
@@ -113,7 +114,7 @@ BODY_PASSES: tuple[Pass[Task], ...] = (
     of_any(weights_inside),
 )
 # The passes that make the head's model.
-HEAD_PASSES: tuple[Pass[Task], ...] = (take_state, of_any(shared_table))
+HEAD_PASSES: tuple[Pass[Task], ...] = (take_state, scatter_logits, of_any(shared_table))
 
 
 def cache_outputs(manifest: Manifest, cache: int, kv: str) -> tuple[str, ...]:

@@ -44,8 +44,9 @@ def open_split_runner(bundle: Bundle, threads: int | None = None, backend: Backe
     """
     if backend != "onnxruntime":
         return SplitRunner(_stage(bundle, "draft", threads, backend), _stage(bundle, "verify", threads, backend))
-    late = OnnxRuntimeStage(bundle, "verify", threads=threads)
-    return SplitRunner(OnnxRuntimeStage(bundle, "draft", threads=threads, shares_head=late), late)
+    late, draft = OnnxRuntimeStage(bundle, "verify", threads=threads), bundle.manifest.draft
+    own_head = draft is not None and draft.vocabulary is not None
+    return SplitRunner(OnnxRuntimeStage(bundle, "draft", threads=threads, shares_head=None if own_head else late), late)
 
 
 def _stage(bundle: Bundle, graph: str, threads: int | None, backend: Backend) -> Stage:

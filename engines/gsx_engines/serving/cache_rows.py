@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gsx_engines.bundle.controls import RuntimeValues
-from gsx_engines.generation import Continuation
+from gsx_engines.generation.continuation import Continuation
 from gsx_engines.runners.base import Runner
 
 # Fewer common tokens are read again: a call for a few tokens takes as long as one for one.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import BRANCHES
-from gsx_engines.generation import FinishReason
+from gsx_engines.generation.continuation import FinishReason
 from gsx_engines.sampling import TokenLogprobs
 from gsx_engines.serving.request import Finished, NewTokens, Request
 from gsx_engines.tokens import BundleTokenizer

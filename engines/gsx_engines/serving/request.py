@@ -9,7 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings
-from gsx_engines.generation import FinishReason, GenerationStats
+from gsx_engines.generation.continuation import FinishReason
+from gsx_engines.generation.stats import GenerationStats
 from gsx_engines.sampling import GREEDY, Sampling, TokenLogprobs
 from gsx_plugins.errors import GsxError
 

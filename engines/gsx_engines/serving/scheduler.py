@@ -30,15 +30,11 @@ import numpy as np
 from gsx_engines.bundle.controls import RuntimeValues, controls_for, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import DraftKind
 from gsx_engines.bundle.hold import with_thresholds
-from gsx_engines.generation import (
-    Continuation,
-    Decoding,
-    GenerationStats,
-    check_draft_length,
-    held,
-    read,
-    read_tokens,
-)
+from gsx_engines.generation.continuation import Continuation, held
+from gsx_engines.generation.decoding import Decoding
+from gsx_engines.generation.generate import check_draft_length
+from gsx_engines.generation.reading import read, read_tokens
+from gsx_engines.generation.stats import GenerationStats
 from gsx_engines.likeliest import Likeliest
 from gsx_engines.runners.base import Logits, Runner, StepOutput
 from gsx_engines.sampling import Picker, TokenLogprobs, logprobs_of
@@ -262,7 +258,7 @@ class Scheduler:
     def submit(self, request: Request, *clients: Client) -> None:
         """Accept a request; from then on its clients are informed about it, each about a continuation of its own.
 
-        Continuation n is what sequence n of a batch of this prompt gets in `gsx_engines.generation.generate`.
+        Continuation n is what sequence n of a batch of this prompt gets in `generate`.
 
         Raises:
             UsageError: the request cannot be carried out.

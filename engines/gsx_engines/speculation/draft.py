@@ -1,6 +1,6 @@
 """Drafts: cheap ways to guess the next tokens with the model's own weights; the whole model verifies every guess.
 
-The loop (`gsx_engines/generation.py`) only knows the `Draft` interface; a separate draft head would implement it too.
+The loop (`gsx_engines/generation`) only knows the `Draft` interface; a separate draft head would implement it too.
 """
 
 from __future__ import annotations

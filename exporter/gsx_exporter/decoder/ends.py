@@ -5,6 +5,7 @@ Letters as in `layer.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -93,6 +94,46 @@ class Exit(nn.Module):
         normed = self.norm(states)
         logits: Tensor = torch.matmul(normed, self.embed_tokens.t()) if self.tied else self.lm_head(normed)
         return capped(logits, self.cap)
+
+
+class ShortExit(nn.Module):
+    """The early exit of a draft that chooses among N of the V tokens: only their rows of the head are multiplied.
+
+    The product is the head's own, so the logits of these tokens are those of `Exit`.
+
+    Args: tokens: their ids, ascending.
+    """
+
+    def __init__(self, config: ModelConfig, tokens: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = norm_of(config, config.hidden_size, dtype)
+        self.cap = config.scales.logits_cap
+        self.draft_head = HeadRows(config, tokens, dtype)
+
+    def forward(self, hidden: Tensor, input_ids: Tensor, places: Tensor) -> Tensor:
+        """hidden [N, H], input_ids [B, S] (only its shape is read), places [V] (`places_of`) -> [B, S, V].
+
+        A token that the draft never chooses has minus infinity, so that ids and everything behind the logits stay the
+        model's: no bias or temperature makes anything of it, and its probability is 0.
+        """
+        states = hidden.view(*input_ids.shape, hidden.shape[1])
+        logits = capped(self.draft_head(self.norm(states)), self.cap)
+        return torch.nn.functional.pad(logits, (0, 1), value=-math.inf).index_select(-1, places)
+
+
+class HeadRows(Linear):
+    """Some tokens' rows of the head, as a linear layer. Args: tokens: their ids."""
+
+    def __init__(self, config: ModelConfig, tokens: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__(config.hidden_size, len(tokens), False, dtype)
+        self.tokens, self.tied = tuple(tokens), config.tied_head
+
+
+def places_of(tokens: Sequence[int], vocabulary: int) -> Tensor:
+    """Token id -> its place among `tokens`, [V] int64; of any other token, their number."""
+    places = torch.full((vocabulary,), len(tokens), dtype=torch.int64)
+    places[torch.tensor(tokens)] = torch.arange(len(tokens), dtype=torch.int64)
+    return places
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:

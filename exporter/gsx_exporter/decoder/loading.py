@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.checkpoint.tensors import EMBEDDING
+from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.decoder.ends import Entry, LoopEntry
+from gsx_exporter.decoder.ends import Entry, HeadRows, LoopEntry
 from gsx_exporter.decoder.experts import ExpertWeights, RoutedMlp, StoredExperts
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
@@ -33,12 +33,14 @@ class Source:
         dtype: its type in the graph; of what scores tokens, only a vector gate's weight is not float32.
         stack: the tensors that it consists of, along a first axis, if it has the weights of all experts; `name` is then
             that of none of them.
+        rows: which rows of the checkpoint's tensor it consists of, in order; empty if of all.
     """
 
     name: str
     transpose: bool
     dtype: torch.dtype
     stack: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
 
 def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
@@ -50,6 +52,9 @@ def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
                 place, _, product = _checkpoint_name(name).rpartition(".")
                 stack = tuple(f"{place}.{expert}.{product}.weight" for expert in range(len(parameter)))
                 found[name] = Source(f"{place}.{product}", True, parameter.dtype, stack)
+                continue
+            if isinstance(owner, HeadRows):
+                found[name] = Source(EMBEDDING if owner.tied else HEAD, True, parameter.dtype, rows=owner.tokens)
                 continue
             transpose = isinstance(owner, Linear) and name.endswith("weight")
             found[name] = Source(_checkpoint_name(name), transpose, parameter.dtype)

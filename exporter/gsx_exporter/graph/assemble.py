@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gsx_engines.bundle import tensor_names
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.decoder.ends import Entry, Exit, LoopEntry, distinct_windows, table_names
+from gsx_exporter.decoder.ends import Entry, Exit, LoopEntry, ShortExit, distinct_windows, places_of, table_names
 from gsx_exporter.decoder.experts import RoutedMlp
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.loading import Source, sources
@@ -86,6 +86,7 @@ class GraphBuilder:
         options: keep rule, K/V policy, type.
         defaults: exported values of the keep rule's run-time inputs; those with an axis B have size 1 there.
         rewrite: applied to the graphs before they are returned (quantization); None for no rewrite.
+        draft_tokens: ids that a draft chooses among, ascending; None for all.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class GraphBuilder:
         options: DecoderOptions,
         defaults: Mapping[str, np.ndarray],
         rewrite: Callable[[Graphs], Graphs] | None = None,
+        draft_tokens: Sequence[int] | None = None,
     ) -> None:
         self.checkpoint, self.options, self.defaults = checkpoint, options, defaults
         self.rewrite = rewrite
@@ -105,6 +107,7 @@ class GraphBuilder:
             layers = [DecoderLayer(config, options, i) for i in range(config.num_layers)]
             leave = Exit(config, options.dtype)
             loop = LoopEntry(config, options.dtype)
+            short = None if draft_tokens is None else ShortExit(config, draft_tokens, options.dtype)
         self.entry = trace(entry, self._entry_inputs(), self._entry_outputs())
         self.copies_below = any(layer.copies_below for layer in layers)
         # Layers of one kind share a trace.
@@ -115,12 +118,18 @@ class GraphBuilder:
                 kinds[kind] = self._trace_layer(layer)
         self.parts = [kinds[_kind(layer)] for layer in layers]
         ids = Input((_B, _S), torch.int64, (0, 1))
-        self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
+        leaving = {"hidden": self._hidden(), "input_ids": ids}
+        self.exit = trace(leave, leaving, ["logits"])
+        self.draft_exit: Part | None = None
+        if short is not None and draft_tokens is not None:
+            self._places = places_of(draft_tokens, config.vocab_size).numpy()
+            places = {tensor_names.DRAFT_PLACES: Input(self._places.shape, torch.int64)}
+            self.draft_exit = trace(short, leaving | places, ["logits"])
         self.loop_entry: Part | None = None
         if config.loops is not None:
             self.loop_entry = trace(loop, {"hidden": self._hidden(), "first": self._hidden()}, ["stream"])
         self._entry_module, self._layer_modules, self._exit_module = entry, layers, leave
-        self._loop_module = loop
+        self._loop_module, self._draft_exit_module = loop, short
         self._watcher = exit_watcher(self.rule)
         self._exit_depths = self._watcher.exit_depths() if self._watcher else ()
         self.exit_check: Part | None = None
@@ -208,8 +217,7 @@ class GraphBuilder:
                 inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
             if leaves:
                 outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
-        graph.add(self.exit, "", {"hidden": hidden}, {"logits": "logits"})
-        found |= sources(self._exit_module, "")
+        found |= self._leave(graph, hidden, drafts=layers.stop < config.num_layers)
         if layers.stop < config.num_layers:
             outputs[1:1] = [state]
             graph.shaped_like_ids(hidden, config.hidden_size, "exit_hidden")
@@ -222,6 +230,15 @@ class GraphBuilder:
         inputs += self._run_time_inputs(graph)
         model, parameters = graph.model_proto(name, inputs, outputs)
         return model, {name: found[name] for name in parameters}
+
+    def _leave(self, graph: Layout, hidden: str, *, drafts: bool) -> dict[str, Source]:
+        """Add the final norm and the head. Returns: their parameters."""
+        if not drafts or self.draft_exit is None or self._draft_exit_module is None:
+            graph.add(self.exit, "", {"hidden": hidden}, {"logits": "logits"})
+            return sources(self._exit_module, "")
+        graph.add_constant(tensor_names.DRAFT_PLACES, self._places)
+        graph.add(self.draft_exit, "", {"hidden": hidden}, {"logits": "logits"}, scope="draft.")
+        return sources(self._draft_exit_module, "")
 
     def _layer(
         self,
@@ -350,7 +367,10 @@ class GraphBuilder:
 
     def _weights(self, parameters: Mapping[str, Source]) -> list[Weight]:
         """The weights to store: each parameter of the graphs, and where the checkpoint has it."""
-        return [Weight(name, one.name, one.transpose, one.dtype, stack=one.stack) for name, one in parameters.items()]
+        return [
+            Weight(name, one.name, one.transpose, one.dtype, stack=one.stack, rows=one.rows)
+            for name, one in parameters.items()
+        ]
 
 
 def _kind(layer: DecoderLayer) -> tuple[bool, ...]:

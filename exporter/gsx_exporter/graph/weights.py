@@ -47,6 +47,7 @@ class Weight:
         encode: applied to the tensor (in the graph's layout) before it is stored; None to store it as it is.
         stack: the tensors of the checkpoint that it consists of, along a first axis, each encoded by itself; empty if
             it is one tensor.
+        rows: which rows of the checkpoint's tensor it consists of, in order; empty if of all.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Weight:
     dtype: torch.dtype
     encode: Callable[[Tensor], Tensor] | None = None
     stack: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
 
 @dataclass
@@ -114,6 +116,8 @@ def _parts(weight: Weight) -> tuple[str, ...]:
 
 def _in_layout(weight: Weight, tensor: Tensor) -> Tensor:
     """A tensor of the checkpoint as the graph has it."""
+    if weight.rows:
+        tensor = tensor[list(weight.rows)]
     if weight.transpose:
         tensor = tensor.t()
     return tensor if weight.encode is None else weight.encode(tensor)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gsx_engines.bundle.tensor_names import DRAFT_HEAD
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.quantization.chosen import ChosenCodes
@@ -76,6 +77,12 @@ class QuantizationPlan:
             return ()
         products = set(_products_of(self.checkpoint.config))
         return tuple(n for n, one in self.matrices.items() if n in products and one == self._spared(n))
+
+    def with_draft_head(self) -> QuantizationPlan:
+        """The same plan, in which a draft's rows of the head are quantized if the head is, and as it is."""
+        head = EMBEDDING if self.checkpoint.config.tied_head else HEAD
+        own = {DRAFT_HEAD: self.matrices[head]} if head in self.matrices else {}
+        return replace(self, matrices={**self.matrices, **own})
 
     def without(self, names: Collection[str]) -> QuantizationPlan:
         """The same plan, with these matrices in full precision too."""

@@ -62,6 +62,7 @@ def quantize_graphs(graphs: Graphs, plan: QuantizationPlan, dtype: torch.dtype) 
 
     Args: dtype: of the graphs' activations, and so of the scales.
     """
+    plan = plan.with_draft_head()
     weights: dict[str, Weight] = {}
     stored: dict[str, str] = {}  # a matrix that is stored in 16 bits -> its name in the file
     for weight in graphs.weights:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from gsx_engines.bundle.manifest import SchemeName
+from gsx_engines.bundle.tensor_names import DRAFT_HEAD
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.graph.weights import FOUR_BITS
 
@@ -23,9 +24,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down": ("mlp.down_proj",),
 }
-# The tables before and after the layers: rows are read from one, the head multiplies by the other.
+# The tables before and after the layers: rows are read from one, the head multiplies by the other; and rows of the head
+# for a draft that chooses among few tokens, which have the head's form.
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
-TABLES = (EMBEDDING, HEAD)
+TABLES = (EMBEDDING, HEAD, DRAFT_HEAD)
 # The linear layer of a vector gate, by branch: as large as one of attention's.
 GATES: dict[Branch, str] = {branch: f"{branch}_gate.linear" for branch in BRANCHES}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.training.settings import TrainSettings
+from gsx_exporter.training.settings import LoraSettings, TrainSettings
 
 PLOTS = "plots"
 _BLUE, _ORANGE = "#3b82c4", "#d9822b"
@@ -153,11 +153,16 @@ def _what(settings: TrainSettings, config: ModelConfig, facts: CardFacts) -> lis
         depths = ", ".join(map(str, config.exits))
         found.append(f"It was trained to exit after {depths} layers, through its own norm and head.")
     how = {
-        "lora": f"A LoRA adapter of rank {settings.lora.rank} on the frozen base.",
+        "lora": f"A LoRA adapter of rank {_ranks(settings.lora)} on the frozen base.",
         "frozen": "The base is unchanged: only the gates were trained.",
         "full": "All weights were trained.",
     }
     return [*found, how[settings.mode]]
+
+
+def _ranks(lora: LoraSettings) -> str:
+    others = [f"{rank} for `{pattern}`" for pattern, rank in lora.rank_pattern.items()]
+    return ", ".join([str(lora.rank), *others])
 
 
 def _figure(columns: int, height: float = 3.2) -> tuple[Any, list[Any]]:

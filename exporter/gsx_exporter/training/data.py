@@ -188,7 +188,7 @@ def _load(data: DataSettings, source: str, split_name: str) -> Any:
             found = datasets.load_from_disk(str(path))
             found = found[split_name] if isinstance(found, datasets.DatasetDict) else found
             return found.to_iterable_dataset() if data.streaming else found
-        if path.is_dir() and (texts := _texts(path)):
+        if path.is_dir() and data.name is None and (texts := _texts(path)):
             more = {"sample_by": "document"}
             return datasets.load_dataset("text", data_files={split_name: texts}, **options, **more)
         return datasets.load_dataset(
@@ -197,11 +197,31 @@ def _load(data: DataSettings, source: str, split_name: str) -> Any:
     except TextError:
         raise
     except Exception as error:  # many types, all about this source
-        raise TextError(
-            f"{source}: cannot be read as data",
-            expected="a file, a directory or a data set of the hub, with this split",
+        raise _unread(source, error) from error
+
+
+def _unread(source: str, error: Exception) -> TextError:
+    """What is wrong with a source that `datasets` does not read."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    if isinstance(error, ConnectionError):
+        return TextError(
+            f"{source}: the hub cannot be reached, and no file or directory has this name",
+            expected="a file, a directory, or the id of a data set and a connection (HF_HUB_OFFLINE not set)",
             found=one_line(error),
-        ) from error
+            todo="check the name and the connection, or give --data a file",
+        )
+    if isinstance(error, DatasetNotFoundError):
+        return TextError(
+            f"{source}: no such data set on the hub, or it needs a login; and no file or directory has this name",
+            found=one_line(error),
+            todo="check the name; hf auth login for one that is private or gated",
+        )
+    return TextError(
+        f"{source}: cannot be read as data",
+        expected="a file, a directory or a data set of the hub, with this split",
+        found=one_line(error),
+    )
 
 
 def _texts(directory: Path) -> list[str]:

@@ -85,13 +85,27 @@ def check_trainable(checkpoint: Checkpoint, settings: TrainSettings) -> None:
                 expected="names of linear layers, e.g. q_proj",
                 found=missing[0],
             )
-        least, name = min((min(checkpoint.shape(name)), name) for name in _linear_named(checkpoint, *_names(targets)))
-        if settings.lora.rank > least:
+        _check_ranks(checkpoint, settings.lora)
+
+
+def _check_ranks(checkpoint: Checkpoint, lora: LoraSettings) -> None:
+    unused = set(lora.rank_pattern)
+    for name in sorted(_linear_named(checkpoint, *_names(lora.targets)), key=lambda one: min(checkpoint.shape(one))):
+        pattern = lora.pattern_of(name.removesuffix(".weight"))
+        unused.discard(pattern or "")
+        rank = lora.rank if pattern is None else lora.rank_pattern[pattern]
+        if rank > min(checkpoint.shape(name)):
             raise UsageError(
                 f"{checkpoint.source}: the rank is larger than a matrix",
-                expected=f"at most {least}, for {name} {list(checkpoint.shape(name))}",
-                found=f"rank {settings.lora.rank}",
+                expected=f"at most {min(checkpoint.shape(name))}, for {name} {list(checkpoint.shape(name))}",
+                found=f"rank {rank}",
             )
+    if unused:
+        raise UsageError(
+            f"{checkpoint.source}: lora.rank_pattern names no layer that gets an adapter",
+            expected=r"regular expressions such as layers\.[0-5]\..*",
+            found=min(unused),
+        )
 
 
 def _instead(checkpoint: Checkpoint) -> str | None:
@@ -272,6 +286,8 @@ def _with_adapters(hf: Any, lora: LoraSettings, seed: int) -> Any:
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern={} if lora.alpha else {one: 2 * rank for one, rank in lora.rank_pattern.items()},
         target_modules=_all_linear(hf) if lora.targets == "all-linear" else list(lora.targets),
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,

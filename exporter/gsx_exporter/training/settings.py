@@ -7,9 +7,10 @@ is known of their constants, are in docs/methods.md: 3.2 (GateSkip), 4.1 (LayerS
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.gate_config import GateConfig
@@ -134,6 +135,8 @@ class LoraSettings(_Section):
 
     Args:
         rank, alpha: as PEFT has them; None for twice the rank.
+        rank_pattern: regular expressions of module names -> their own rank, as PEFT has them: an exit's own layers have
+            more to learn than those above it.
         targets: names of the layers that get one, or "all-linear" for all of the branches.
         dropout: of their input.
         rslora: whether the delta is divided by the root of the rank.
@@ -141,9 +144,27 @@ class LoraSettings(_Section):
 
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False)] = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = False
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _expressions(cls, patterns: dict[str, int]) -> dict[str, int]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern} is a regular expression ({error})") from error
+        return patterns
+
+    def pattern_of(self, module: str) -> str | None:
+        """The pattern that names a module; None without one. PEFT's rule: the end of its path, the first that matches.
+
+        Args: module: its name in transformers' model.
+        """
+        return next((one for one in self.rank_pattern if re.match(rf"(.*\.)?({one})$", module)), None)
 
 
 class DataSettings(_Section):

@@ -16,7 +16,7 @@ import gsx
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings
-from gsx_engines.generation import Generation, generate
+from gsx_engines.generation.generate import Generation, generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.split import SplitRunner
@@ -137,6 +137,10 @@ MADE: dict[str, tuple[dict[str, Any], Case]] = {
     "half precision": ({"precision": "fp16"}, Case("a batch")),
     "8 bits": ({"quantize": Quantize("int8", ("none",))}, Case("a batch")),
     "weights in 8 bits": ({"quantize": Quantize("int8-weights", ("none",))}, Case("a batch")),
+    "a draft among few tokens": (
+        {"draft": "exit:1", "draft_vocabulary": 40},
+        Case("drafted, sampled", draft="exit:1", sampling=SAMPLED, logprobs=2),
+    ),
     "copied K and V": ({"kv_policy": "copy", "budget": 0.5, "draft": "exit:1"}, Case("drafted", draft="exit:1")),
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from onnx import TensorProto, helper
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
 
+from gsx_engines.bundle import tensor_names
 from gsx_engines.lowering.for_onnxruntime.task import STATE, Task
 from gsx_plugins.graph import Graph, make_node
 
@@ -34,6 +36,38 @@ def take_state(graph: Graph, task: Task) -> int:
     graph.keep_inputs(lambda name: False)
     graph.proto.input.append(state)
     graph.set_outputs([logits])
+    graph.drop_unread()
+    return 1
+
+
+def scatter_logits(graph: Graph, task: Task) -> int:
+    """In the head of a draft that chooses among N tokens, put their logits into their places.
+
+        logits [1, any, N] -> Pad -> Gather(places [V]) -> [1, any, V]      becomes
+        minus infinity [1, any, V] -> ScatterElements(ids [1, any, N], logits)
+
+    Why: ONNX Runtime gathers single numbers one by one, V of them; of N it scatters one row in an eighth of the time
+    (measured: 260 and 35 us of 8,192 of 49,152 tokens). Returns: 1 if there is such a head.
+    """
+    if tensor_names.DRAFT_PLACES not in graph.constants:
+        return 0
+    gather = graph.expect_producer(tensor_names.LOGITS, "Gather")
+    few = graph.expect_producer(gather.input[0], "Pad").input[0]
+    places = numpy_helper.to_array(graph.constants[tensor_names.DRAFT_PLACES])
+    assert task.manifest.draft is not None
+    assert task.manifest.draft.vocabulary is not None
+    ids = np.argsort(places, kind="stable")[: task.manifest.draft.vocabulary.tokens]
+    name = "lowered.draft."
+    least = helper.make_tensor("", TensorProto.FLOAT, [1], [-np.inf])
+    graph.replace(
+        gather,
+        make_node("Shape", [few], f"{name}sizes"),
+        make_node("Expand", [graph.add_constant(f"{name}ids", ids), f"{name}sizes"], f"{name}all_ids"),
+        make_node("Shape", [few], f"{name}rows", end=-1),
+        make_node("Concat", [f"{name}rows", graph.add_constant(f"{name}size", [len(places)])], f"{name}shape", axis=0),
+        make_node("ConstantOfShape", [f"{name}shape"], f"{name}never", value=least),
+        make_node("ScatterElements", [f"{name}never", f"{name}all_ids", few], gather.output[0], axis=-1),
+    )
     graph.drop_unread()
     return 1
 

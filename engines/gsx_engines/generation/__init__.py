@@ -1,0 +1,1 @@
+"""The decoding loop over the runner interface: plain, or with a draft that the model verifies."""
