@@ -98,9 +98,12 @@ def _step_attention(graph: Graph, task: Task, node: onnx.NodeProto, written: set
 
 
 def _write(graph: Graph, cache: str, reader: onnx.NodeProto) -> _Write | None:
-    """How a cache is written that only this attention reads; None if it is another way."""
+    """How a cache is written that only this attention reads; None if in another way, or if others read the buffer."""
     node = graph.producer(cache)
     if node is None or node.op_type != "TensorScatter" or list(graph.users(cache)) != [reader]:
+        return None
+    # TensorRT does not know that the plugin writes there, so nobody else's read may be put behind it.
+    if any(user is not node and user.op_type != "Shape" for user in graph.users(node.input[0])):
         return None
     heads_first = graph.producer(node.input[1])
     if heads_first is None or heads_first.op_type != "Transpose" or list(heads_first.attribute[0].ints) != _HEADS_FIRST:
