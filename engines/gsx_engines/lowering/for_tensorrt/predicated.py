@@ -3,8 +3,8 @@
 In a step every branch is masked (`choices.py`): all shapes are fixed, nothing waits, and one CUDA graph holds a call.
 So that masks save something, the products of a masked branch become plugins that first compare score and bound, and
 return without having read weights or rows where no row is kept (`plugins/gsx_plugins/skip_branch`). Attention has a
-plugin of its own (`step_attention.py`). What is left stays masked, as norms do. K and V of a skipped token are computed where the K/V policy wants
-them.
+plugin of its own (`step_attention.py`). What is left stays masked, as norms do. K and V of a skipped token are
+computed where the K/V policy wants them.
 """
 
 from __future__ import annotations
