@@ -24,7 +24,7 @@ from gsx.workflows.doctor import _OP_CALLS
 from gsx_engines.bundle.policy import RuntimeInput
 from gsx_exporter.config import FAMILIES
 from gsx_plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION
-from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, PLUGIN_VERSION, STEP_FOLDER, STEP_OPS
+from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, PLUGIN_VERSION, STEP_FOLDERS
 from gsx_plugins.registry import OPS
 from tests import families_page
 from tests.plugins.emulation import KERNELS
@@ -296,7 +296,7 @@ def test_design_shows_the_layout() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     assert sorted(row[1].strip("`/") for row in table(text, "floor", "package")) == sorted(packages)
-    ops = {PLUGINS / folder for folder in (STEP_FOLDER, *map(folder_of, OPS))}
+    ops = {PLUGINS / folder for folder in (*STEP_FOLDERS, *map(folder_of, OPS))}
     folders = {
         name_of(path)
         for package in packages
@@ -341,17 +341,18 @@ def test_lists_of_ops_agree() -> None:
     text = adapter.read_text(encoding="utf-8")
     assert set(declared) == set(PLUGIN_OPS)
     assert set(re.findall(r"\bCreator\(k(\w+)\)", text)) == set(PLUGIN_OPS)
-    steps = (PLUGINS / STEP_FOLDER / "plugin.cpp").read_text(encoding="utf-8")
-    assert set(re.findall(r'"((?:Skip|Gate)[A-Z]\w+)"', steps)) == set(STEP_OPS)
-    assert f"kStepOps[{len(STEP_OPS)}];" in header.read_text(encoding="utf-8")
+    for (folder, ops), listed in zip(STEP_FOLDERS.items(), ("kProductOps", "kAttentionOps"), strict=True):
+        steps = (PLUGINS / folder / "plugin.cpp").read_text(encoding="utf-8")
+        assert set(re.findall(r'"((?:Skip|Gate|Step)[A-Z]\w+)"', steps)) == set(ops)
+        assert f"{listed}[{len(ops)}];" in header.read_text(encoding="utf-8")
     folders = {folder_of(op) for op in PLUGIN_OPS}
     cmake = (PLUGINS / "CMakeLists.txt").read_text(encoding="utf-8")
     for name in ("kernel.cu", "plugin.cpp"):
         assert set(re.findall(rf"^ +(\w+)/{re.escape(name)}$", cmake, re.MULTILINE)) - {"native"} == {
             *folders,
-            STEP_FOLDER,
+            *STEP_FOLDERS,
         }
-    assert {kernel.parent.name for kernel in KERNELS} - {"native"} == {*folders, STEP_FOLDER}
+    assert {kernel.parent.name for kernel in KERNELS} - {"native"} == {*folders, *STEP_FOLDERS}
     bound = (PLUGINS / "cuda.py").read_text(encoding="utf-8")
     assert folders <= set(re.findall(r"(\w+)\.register_kernel\(", bound))
 

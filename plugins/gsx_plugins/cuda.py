@@ -49,6 +49,8 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     "gsx_skip_gate_up": (_INT, (*(_POINTER,) * 5, *(_INT64,) * 4, _INT, _POINTER, _POINTER)),
     "gsx_skip_linear_add": (_INT, (*(_POINTER,) * 6, *(_INT64,) * 5, _INT, _POINTER, _POINTER)),
     "gsx_gate_linear": (_INT, (*(_POINTER,) * 2, *(_INT64,) * 3, _INT, _POINTER, _POINTER)),
+    "gsx_step_attention_workspace": (_SIZE, (_INT64,) * 6),
+    "gsx_step_attention": (_INT, (_POINTER, _POINTER)),
 }
 _CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}
 
@@ -57,6 +59,65 @@ class _Matrix(ctypes.Structure):
     """`gsx_matrix`."""
 
     _fields_ = (("values", _POINTER), ("scales", _POINTER), ("blocks", _INT64), ("type", _INT))
+
+
+_TENSORS = ("query", "key", "value", "cos", "sin", "score", "threshold", "mask", "write_at", "past_key", "past_value")
+_MEMORY = ("present_key", "present_value", "out", "workspace", "counters")
+_SIZES = (
+    "sequences",
+    "tokens",
+    "heads",
+    "kv_heads",
+    "columns",
+    "width",
+    "rotated",
+    "thresholds",
+    "window",
+    "new_stride",
+)
+
+
+class _Attention(ctypes.Structure):
+    """`gsx_attention`."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in (*_TENSORS, *_MEMORY)),
+        *((name, _INT64) for name in (*_SIZES, "workspace_bytes")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("rotate_query", _INT),
+        ("rotate_key", _INT),
+        ("type", _INT),
+    )
+
+
+@dataclass(frozen=True)
+class StepAttention:
+    """What the attention of a step reads, as `step_attention/kernel.h` says; N rows are B sequences of S tokens.
+
+    Args:
+        query: [N, heads x D]; key, value: [N, K/V heads x D], with rows equally far apart.
+        mask: [B, 1, S, T] bool.
+        write_at: [B] int64.
+        tables: cosines and sines [N, rotated / 2] by which queries and keys are turned; None: neither.
+        score, threshold: [N] and [N] or [], float32; None: all rows are kept.
+        window: columns that a token sees at most, itself included; 0: all.
+        scale, softcap: of scores; 0: 1 / sqrt(D), and no cap.
+        rotates: whether queries are turned, and whether keys are.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor
+    write_at: Tensor
+    tables: tuple[Tensor, Tensor] | None = None
+    score: Tensor | None = None
+    threshold: Tensor | None = None
+    window: int = 0
+    scale: float = 0.0
+    softcap: float = 0.0
+    rotates: tuple[bool, bool] = (True, True)
 
 
 @dataclass(frozen=True)
@@ -179,6 +240,46 @@ class Kernels:
             TYPES[x.dtype],
             out.data_ptr(),
         )
+        return out
+
+    def step_attention(
+        self,
+        of: StepAttention,
+        past: tuple[Tensor, Tensor],
+        present: tuple[Tensor, Tensor] | None = None,
+        counters: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of a step, which writes its keys and values into the cache.
+
+        Args:
+            past: K and V, [B, K/V heads, T, D] each.
+            present: where they are afterwards; None: in the same memory.
+            counters: 4,096 zeros of 32 bits; None: the call clears its own.
+        Returns: rows [N, heads x D]; those that are not kept are not written.
+        """
+        (cache, _), (batch, _, tokens, columns) = past, of.mask.shape
+        _, kv_heads, _, width = cache.shape
+        sizes = (batch, tokens, of.query.shape[1] // width, kv_heads, columns, width)
+        needed = int(self._library.gsx_step_attention_workspace(*sizes))
+        scratch = self.empty(of.query, (needed,), torch.uint8)
+        out = self.empty(of.query, of.query.shape, of.query.dtype)
+        tables = of.tables or (None, None)
+        tensors = (of.query, of.key, of.value, *tables, of.score, of.threshold, of.mask, of.write_at, *past)
+        memory = (*(present or past), out, scratch, counters)
+        call = _Attention(
+            *(None if one is None else one.data_ptr() for one in (*tensors, *memory)),
+            *sizes,
+            0 if of.tables is None else 2 * of.tables[0].shape[1],
+            0 if of.threshold is None else of.threshold.numel(),
+            of.window,
+            of.key.stride(0),
+            needed,
+            of.scale,
+            of.softcap,
+            *(of.tables is not None and rotates for rotates in of.rotates),
+            TYPES[of.query.dtype],
+        )
+        self._call("gsx_step_attention", of.query, ctypes.addressof(call))
         return out
 
     def _skip(

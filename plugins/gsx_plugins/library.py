@@ -25,12 +25,17 @@ PLUGIN_LIBRARY_NAME = "libgsx_plugins.so"
 KERNEL_LIBRARY_NAME = "libgsx_kernels.so"
 # Ops with a kernel and a plugin; the other ops always run as standard ops.
 PLUGIN_OPS = ("TopKGather", "ThresholdGather", "GatedScatterAdd")
-# Ops that only lowering for TensorRT makes, for steps of a few rows; all in the folder `skip_branch`.
-_SKIP_OPS = ("SkipLinear", "SkipGateUp", "SkipLinearAdd", "GateLinear")
+# Ops that only lowering for TensorRT makes, for steps of a few rows.
+_PRODUCT_OPS = ("SkipLinear", "SkipGateUp", "SkipLinearAdd", "GateLinear")
 # How the weights of a step's product are stored -> the ending of the op's name: in the rows' type, or as 8-bit codes.
 STEP_WEIGHTS = {"rows": "", "int8": "Int8", "e4m3": "E4M3"}
-STEP_OPS = tuple(op + ending for ending in STEP_WEIGHTS.values() for op in _SKIP_OPS)
-STEP_FOLDER, MOST_STEP_ROWS = "skip_branch", 8
+# By folder.
+STEP_FOLDERS = {
+    "skip_branch": tuple(op + ending for ending in STEP_WEIGHTS.values() for op in _PRODUCT_OPS),
+    "step_attention": ("SkipAttention", "StepAttention"),
+}
+STEP_OPS = tuple(op for ops in STEP_FOLDERS.values() for op in ops)
+MOST_STEP_ROWS = 8
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "gsx", "1"
 
 SOURCE_FOLDER = Path(__file__).parent

@@ -33,10 +33,21 @@ from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.tensorrt.backend import platform_name
 from gsx_engines.tensorrt.profile_choice import most_rows
 from gsx_plugins.graph import number
+from tests.engines.cpu_step_attention import spell_step_attention
 
-_ATTENTION = f"""
+# With a cap of scores, and without; both are Attention.
+_SCORES = {
+    "": "scores = Mul (products, factor)",
+    "Capped": """scaled = Mul (products, factor)
+    cap_float = Constant <value_float: float = @softcap> ()
+    cap = CastLike (cap_float, query)
+    over_cap = Div (scaled, cap)
+    bounded = Tanh (over_cap)
+    scores = Mul (bounded, cap)""",
+}
+_ATTENTION = """
 <domain: "test", opset_import: ["" : {OPSET}]>
-Attention <kv_heads, scale> (query, key, value, mask) => (out)
+{kind}Attention <kv_heads, scale, softcap> (query, key, value, mask) => (out)
 {{
     outer = Shape <start = 0, end = 1> (query)
     rows = Shape <start = 2, end = 4> (query)
@@ -54,7 +65,7 @@ Attention <kv_heads, scale> (query, key, value, mask) => (out)
     scale_float = Constant <value_float: float = @scale> ()
     factor = CastLike (scale_float, query)
     products = MatMul (grouped, key_turned)
-    scores = Mul (products, factor)
+    {scores}
     batch_heads = Shape <start = 0, end = 2> (query)
     columns = Shape <start = 2, end = 4> (mask)
     mask_shape = Concat <axis = 0> (batch_heads, columns)
@@ -76,15 +87,19 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
     """A lowered graph in the form that ONNX Runtime executes."""
     model = onnx.ModelProto()
     model.CopyFrom(lowered.model)
+    spell_step_attention(model.graph, shape)
     for node in model.graph.node:
         if node.op_type == "Attention":
-            node.domain = "test"
-            scale = number(node, "scale") or shape.head_dim**-0.5
+            scale, softcap = number(node, "scale") or shape.head_dim**-0.5, number(node, "softcap")
+            node.domain, node.op_type = "test", "CappedAttention" if softcap else "Attention"
             del node.attribute[:]
-            node.attribute.append(helper.make_attribute("kv_heads", shape.num_kv_heads))
-            node.attribute.append(helper.make_attribute("scale", scale))
+            for name, value in (("kv_heads", shape.num_kv_heads), ("scale", scale), ("softcap", softcap)):
+                node.attribute.append(helper.make_attribute(name, value))
     _unpack_codes(model)
-    model.functions.append(parser.parse_function(_ATTENTION))
+    model.functions.extend(
+        parser.parse_function(_ATTENTION.format(OPSET=OPSET, kind=kind, scores=scores))
+        for kind, scores in _SCORES.items()
+    )
     used = {node.op_type for node in model.graph.node}
     model.functions.extend(
         parser.parse_function(f'<domain: "gsx", opset_import: ["" : {OPSET}]> {head} {{ {body} }}')

@@ -22,6 +22,7 @@ from gsx_engines.speculation.draft import EarlyExitDraft
 from gsx_engines.tensorrt import cuda, execution
 from gsx_engines.tensorrt.backend import Backend
 from gsx_engines.tensorrt.execution import CudaEngine
+from gsx_plugins.library import STEP_OPS
 from tests.engines.conftest import Make
 from tests.engines.standin_gpu import CAPACITY, StandInCuda, StandInTensorRT
 from tests.engines.test_steps import with_steps
@@ -61,12 +62,22 @@ def test_text_equals_the_portable_runner(
         assert made.strategy == ("disabled" if k_on_host else "whole")
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.1, top_p=0.9, seed=2)], ids=["likeliest", "all logits"])
-def test_steps(make_tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    ("sampling", "precision", "plugins"),
+    [(GREEDY, "fp32", ()), (Sampling(1.1, top_p=0.9, seed=2), "fp32", ()), (GREEDY, "bf16", STEP_OPS)],
+    ids=["likeliest", "all logits", "plugins"],
+)
+def test_steps(
+    make_tiny_bundle: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    sampling: Sampling,
+    precision: str,
+    plugins: Collection[str],
+) -> None:
     """An engine for single tokens beside the one for all calls: one recording, whatever thresholds a token has."""
-    bundle, gpu = open_bundle(make_tiny_bundle()), StandInCuda()
+    bundle, gpu = open_bundle(make_tiny_bundle(precision=precision)), StandInCuda()
     monkeypatch.setattr(cuda, "runtime", lambda: gpu)
-    stage, general, (step,) = with_steps(bundle, 1, (1, 1), plugins=())
+    stage, general, (step,) = with_steps(bundle, 1, (1, 1), plugins=plugins)
     made: list[CudaEngine] = []
     loaded = []
     for engine in (general, step):

@@ -36,6 +36,8 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "ranks": {"select": "rank", "calibration": None},
     "sets": {"policy": "layers:0,2", "budget": None, "calibration": None},
     "copied K and V": {"kv_policy": "copy", "budget": 0.5},
+    "16 bits": {"precision": "bf16"},
+    "16 bits, copied K and V": {"kv_policy": "copy", "budget": 0.5, "precision": "bf16"},
 }
 
 
@@ -133,6 +135,31 @@ def test_other_families(tmp_path: Path, tiny_text: Path, family: str) -> None:
     stays_equal(bundle, STEP_OPS)
 
 
+# Of a graph of 16 bits: whether it has gates, and how many of its layers a plugin attends for.
+ATTENTION = {
+    "gemma2": (True, 3),  # a cap, and windows in every other layer
+    "smollm3": (True, 3),  # a layer without RoPE
+    "mistral": (False, 3),  # dense, with a window
+    "phi3": (False, 3),  # dense, a part of the head turned
+}
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_attention(tmp_path: Path, tiny_text: Path, family: str) -> None:
+    """RoPE, writing K and V and attention are one plugin, with decisions and without."""
+    gated, layers = ATTENTION[family]
+    gate = GateConfig("scalar", "post_norm") if gated else None
+    checkpoint = tiny_checkpoint(tmp_path / "model", family, gate=gate, tokenizer=True)
+    options: dict[str, Any] = {"budget": 0.6, "calibration": tiny_text} if gated else {}
+    bundle = export(checkpoint, tmp_path / "out", precision="bf16", **options)
+    made = lowered(bundle, 2, STEP_OPS)
+    ops = Counter(node.op_type for node in made.model.graph.node)
+    assert ops["SkipAttention" if gated else "StepAttention"] == layers
+    assert not ops.keys() & {"Attention", "RotaryEmbedding", "TensorScatter"}
+    assert made.forms["GatheredAttention" if gated else "FullAttention"] == ("predicated" if gated else "plugin")
+    stays_equal(bundle, STEP_OPS)
+
+
 # Weights of 8 bits in a graph of 16: how they are exported, and the forms that the products of the last layer take.
 QUANTIZED: dict[str, tuple[Quantize, str]] = {
     "int8": (Quantize("int8", ("none",)), "Int8"),
@@ -154,7 +181,8 @@ def test_codes(make_tiny_bundle: Callable[..., Path], monkeypatch: pytest.Monkey
     ops = Counter(
         node.op_type for node in made.model.graph.node if node.domain == "gsx" and "Gate" not in node.op_type[:4]
     )
-    assert ops == {f"SkipLinear{ending}": layers, f"SkipGateUp{ending}": layers, f"SkipLinearAdd{ending}": 2 * layers}
+    products = {f"SkipLinear{ending}": layers, f"SkipGateUp{ending}": layers, f"SkipLinearAdd{ending}": 2 * layers}
+    assert ops == {**products, "SkipAttention": layers}
     constants = {tensor.name: tensor for tensor in made.model.graph.initializer}
     packed = constants["layers.0.mlp.down_proj.weight.packed"]
     plain = next(one for one in portable_constants(bundle) if one.name == "layers.0.mlp.down_proj.weight")

@@ -38,6 +38,7 @@ import torch
 from gsx_plugins.build import build
 from gsx_plugins.cuda import Kernels
 from gsx_plugins.errors import PluginLibraryError
+from tests.gpu.attention import attention_checks, attention_measurements
 from tests.gpu.checks import check_graph, run_checks
 from tests.gpu.rows import Row, goal_row, table
 from tests.gpu.step import step_checks, step_measurements
@@ -64,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         from tests.plugins.emulation import emulated_library
 
         kernels = GuardedKernels(emulated_library())
-        return _finish([*run_checks(kernels, "cpu", quick=options.quick), *step_checks(kernels, "cpu")])
+        rows = [*step_checks(kernels, "cpu"), *attention_checks(kernels, "cpu")]
+        return _finish([*run_checks(kernels, "cpu", quick=options.quick), *rows])
     if not torch.cuda.is_available():
         print("tests.gpu: PyTorch sees no GPU here; --emulated runs the checks on the CPU", file=sys.stderr)
         return 1
@@ -80,9 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
         "checks": lambda: [
             *run_checks(kernels, "cuda", quick=options.quick),
             *rows_of("products that skip", lambda: step_checks(kernels, "cuda")),
+            *rows_of("attention of a step", lambda: attention_checks(kernels, "cuda")),
             *rows_of("graph", lambda: _graph(kernels)),
         ],
-        "step": lambda: _measured(step_measurements(Kernels(built.path))),
+        "step": lambda: [
+            *_measured(step_measurements(Kernels(built.path))),
+            *_measured(attention_measurements(Kernels(built.path))),
+        ],
         "timing": lambda: [build_row, *_measured(measurements(Kernels(built.path)))],
         "prefill": _prefill,
         "torch": _torch,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,10 @@ from gsx_plugins.threshold_gather.op import threshold_gather
 from gsx_plugins.topk_gather.op import topk_gather
 from tests.plugins import kernel_cases as cases
 from tests.plugins.emulation import KERNELS, emulated_library
+from tests.plugins.test_step_attention import HALVES, Sizes, case
 
 # TensorRT's numbers of element types.
-TYPES = {torch.float32: 0, torch.float16: 1, torch.int32: 3, torch.bfloat16: 7, torch.int64: 8}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.int32: 3, torch.bool: 4, torch.bfloat16: 7, torch.int64: 8}
 WIDTH = 40
 MORE_TOKENS = 5000  # that the profile allows
 
@@ -39,7 +41,14 @@ def tensorrt() -> ctypes.CDLL:
     return ctypes.CDLL(str(emulated_library("plugins", [*KERNELS, *adapters], headers=[headers])))
 
 
-def enqueue(tensorrt: ctypes.CDLL, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+def enqueue(
+    tensorrt: ctypes.CDLL,
+    name: str,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    numbers: Sequence[float] = (),
+    calls: int = 1,
+) -> int:
     tensors = [*inputs, *outputs]
     count = len(tensors)
     dims = ((ctypes.c_int64 * 8) * count)(*((ctypes.c_int64 * 8)(*tensor.shape) for tensor in tensors))
@@ -52,6 +61,9 @@ def enqueue(tensorrt: ctypes.CDLL, name: str, inputs: Sequence[Tensor], outputs:
         dims,
         (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in tensors)),
         ctypes.c_int64(len(inputs[0]) + MORE_TOKENS),
+        (ctypes.c_float * len(numbers))(*numbers),
+        len(numbers),
+        calls,
     )
     return status
 
@@ -149,6 +161,46 @@ def test_products_of_codes(
     floats = [x.float(), score, limit, packed[0], scales[0].float()]
     assert enqueue(tensorrt, f"SkipLinear{ending}", floats, [out.float()]) == -1
     assert f"SkipLinear{ending}: no kernel for weights of this type" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_attention_of_a_step(tensorrt: ctypes.CDLL, dtype: torch.dtype, skips: bool) -> None:
+    """In place, with counters that the plugin keeps between calls; the kernel is checked in test_step_attention.py."""
+    sizes = Sizes((150, 20), tokens=2, softcap=5.0, window=90)
+    one = case(sizes, 0b1011, dtype, skips=skips)
+    of = one.of
+    assert of.tables is not None
+    numbers = (1.0, 1.0, 0.25, sizes.softcap, sizes.window)
+    wanted = [cache.clone() for cache in one.past]
+    kernels = cases.GuardedKernels(emulated_library())
+    rows = kernels.step_attention(replace(of, scale=0.25), (wanted[0], wanted[1]))
+    tensors = [of.query, torch.cat([of.key, of.value], 1), *of.tables, of.mask, of.write_at, *one.past]
+    if of.score is not None and of.threshold is not None:
+        tensors += [of.score, of.threshold]
+    out = torch.full_like(of.query, 7.0)
+    name = "SkipAttention" if skips else "StepAttention"
+    assert enqueue(tensorrt, name, tensors, [out, *one.past], numbers, calls=3) == 0
+    assert (out[~one.kept] == 7.0).all()
+    cases.assert_same_bits(out[one.kept], rows[one.kept], "rows")
+    for found, cache in zip(one.past, wanted, strict=True):
+        cases.assert_same_bits(found, cache, "cache")
+
+
+def test_refused_attention(tensorrt: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:
+    one = case(Sizes((50,)), 1, torch.float16, skips=False)
+    of = one.of
+    assert of.tables is not None
+    tensors = [of.query, torch.cat([of.key, of.value], 1), *of.tables, of.mask, of.write_at, *one.past]
+    out, numbers = [torch.zeros_like(of.query), *one.past], [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert enqueue(tensorrt, "StepAttention", tensors, out, numbers[:4]) == -10
+    assert "StepAttention: node node has no field 'window'" in capfd.readouterr().err
+    cut = [*tensors[:4], of.mask[..., :-1].contiguous(), *tensors[5:]]
+    assert enqueue(tensorrt, "StepAttention", cut, out, numbers) == -50
+    assert "StepAttention: input past_key: axis 2 has size 200, expected 199" in capfd.readouterr().err
+    wide = [torch.zeros(1, 64 * 3 + 1, dtype=torch.float16), *tensors[1:]]
+    assert enqueue(tensorrt, "StepAttention", wide, [torch.zeros_like(wide[0]), *one.past], numbers) == -1
+    assert "sizes do not fit each other" in capfd.readouterr().err
 
 
 def test_refusals(tensorrt: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ BLOCKS = {
     "writeBest": (256, 4),
     "selectInTiles": (256, 4),
     "skipProduct": (256, 1),
+    "attendStep": (128, 2),
 }
 # A product of one row needs fewer registers: two blocks, so that one loads while the other waits.
 _ONE_ROW = re.compile(r"skipProductI\w+?Li\d+ELi1ELi\dEE")
@@ -52,6 +53,8 @@ VECTORS = {
     r"addInPlaceI\w+?Li16ELb0E": (6, 2),
     r"addInPlaceI\w+?Li16ELb1E": (4, 2),
 }
+# Attention of a step, by the rows of a block: columns of K and of V that a thread has in flight.
+_ATTENTION = {r"attendStepI\w+?ELi4EE": 16, r"attendStepI\w+?ELi8EE": 8}
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
 _ARITHMETIC = re.compile(r"FADD|FMUL|F2F")  # not HFMA2, which also loads constants
 
@@ -143,4 +146,25 @@ def test_products_have_their_loads_in_flight(disassembler: Disassembler, archite
         first_sum = operations.index("FFMA")
         assert sum(operation.startswith(load) for operation in operations[:first_sum]) >= count, name
         assert not [operation for operation in operations if operation.startswith(("LDG.E.U8", "LDG.E.S8"))], name
+    assert not named
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+def test_attention_has_its_loads_in_flight(disassembler: Disassembler, architecture: str) -> None:
+    """A tile's columns, of K and V, before anything is exchanged between threads to score them; 16 bytes at a time."""
+    named = {
+        name: wanted
+        for name, _ in disassembler.read(architecture, "-res-usage")
+        for pattern, wanted in _ATTENTION.items()
+        if re.search(pattern, name)
+    }
+    assert len(named) == 2 * 2 * 3  # types, rows, widths of heads
+    for name, text in disassembler.read(architecture, "-sass", "-fun", ",".join(named)):
+        operations = _INSTRUCTION.findall(text)
+        mask = max(
+            at for at, operation in enumerate(operations) if operation.startswith("LDG.E.U8")
+        )  # of older columns
+        scores = next(at for at in range(mask, len(operations)) if operations[at].startswith("SHFL"))
+        loads = [operation for operation in operations[mask + 1 : scores] if operation.startswith("LDG")]
+        assert loads == ["LDG.E.128"] * named.pop(name), f"{name}: {loads}"
     assert not named

@@ -197,12 +197,17 @@ def test_engine_with_several_profiles(registry: Any, messages: Messages, op: str
 
 
 def test_fields_round_trip(registry: Any, messages: Messages) -> None:
-    """What a plugin writes into an engine recreates it; it has no attributes, so it writes nothing."""
+    """What a plugin writes into an engine recreates it: the numbers of attention; the others write nothing."""
+    import numpy as np
+
     for name in (*PLUGIN_OPS, *STEP_OPS):
         creator = registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE)
-        assert len(creator.field_names) == 0
+        numbers = ["rotate_query", "rotate_key", "scale", "softcap", "window"] if "Attention" in name else []
+        assert [field.name for field in creator.field_names] == numbers
+        kind = rtx.PluginFieldType.FLOAT32
+        fields = [rtx.PluginField(number, np.array([1.5], np.float32), kind) for number in numbers]
         for phase in (rtx.TensorRTPhase.BUILD, rtx.TensorRTPhase.RUNTIME):
-            assert creator.create_plugin("node", rtx.PluginFieldCollection([]), phase) is not None
+            assert creator.create_plugin("node", rtx.PluginFieldCollection(fields), phase) is not None
     assert not messages.errors
 
 

@@ -31,7 +31,7 @@ Op const kGatedScatterAdd{
         {"index", Element::kPlace, "K"},
         {"out", Element::kRow, "NH"},
     },
-    gsx_gated_scatter_add_workspace,
+    byTokens<gsx_gated_scatter_add_workspace>,
     run,
 };
 

@@ -2,6 +2,8 @@
 
 #include "native/plugin.h"
 
+#include <cuda_runtime_api.h>
+
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -56,6 +58,7 @@ bool allowed(Element element, DataType type, DataType rows) noexcept {
     case Element::kScore: return type == DataType::kFLOAT;
     case Element::kPlace: return type == DataType::kINT64;
     case Element::kCodes: return type == DataType::kINT32;
+    case Element::kFlag: return type == DataType::kBOOL;
     }
     return false;
 }
@@ -120,12 +123,55 @@ bool countsFit(Op const& op, int32_t inputs, int32_t outputs) noexcept {
     return false;
 }
 
+int32_t countNumbers(Op const& op) noexcept {
+    int32_t count = 0;
+    while (op.numbers[count] != nullptr) ++count;
+    return count;
+}
+
+// Counters in the GPU's memory. A context has its own, since its calls do not overlap. Without memory there are none, and
+// the op clears some in its scratch memory in each call instead.
+class Counters {
+public:
+    Counters() noexcept = default;
+    Counters(Counters const&) = delete;
+    Counters& operator=(Counters const&) = delete;
+    ~Counters() { cudaFree(mAt); }
+
+    void allocate() noexcept {
+        constexpr size_t kBytes = sizeof(uint32_t) * kCounters;
+        void* at = nullptr;
+        if (cudaMalloc(&at, kBytes) != cudaSuccess) {
+            cudaGetLastError();  // it is nobody else's
+            return;
+        }
+        mAt = static_cast<uint32_t*>(at);
+        // Another stream may use them next.
+        if (cudaMemset(mAt, 0, kBytes) == cudaSuccess && cudaStreamSynchronize(nullptr) == cudaSuccess) return;
+        cudaGetLastError();
+        cudaFree(mAt);
+        mAt = nullptr;
+    }
+    uint32_t* at() const noexcept { return mAt; }
+
+private:
+    uint32_t* mAt = nullptr;
+};
+
 class Plugin final : public IPluginV3,
                      public IPluginV3OneCore,
                      public IPluginV3OneBuild,
                      public IPluginV3OneRuntime {
 public:
-    explicit Plugin(Op const& op) noexcept : mOp(op) {}
+    // Args: numbers: as many as the op has; null if it has none.
+    Plugin(Op const& op, float const* numbers) noexcept : mOp(op) {
+        int32_t const count = countNumbers(op);
+        for (int32_t i = 0; i < count; ++i) {
+            mNumbers[i] = numbers[i];
+            mFieldList[i] = PluginField(op.numbers[i], &mNumbers[i], PluginFieldType::kFLOAT32, 1);
+        }
+        mFields = {count, mFieldList};
+    }
 
     // IPluginV3
     IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
@@ -136,7 +182,7 @@ public:
         }
         return nullptr;
     }
-    IPluginV3* clone() noexcept override { return new (std::nothrow) Plugin(mOp); }
+    IPluginV3* clone() noexcept override { return new (std::nothrow) Plugin(mOp, mNumbers); }
 
     // IPluginV3OneCore
     AsciiChar const* getPluginName() const noexcept override { return mOp.name; }
@@ -156,6 +202,7 @@ public:
             char const* expected = tensor.element == Element::kScore   ? "float32"
                                    : tensor.element == Element::kPlace ? "int64"
                                    : tensor.element == Element::kCodes ? "int32"
+                                   : tensor.element == Element::kFlag  ? "bool"
                                    : input > 0 && isRowType(rows)      ? nameOf(rows)
                                                                        : "float32, float16 or bfloat16";
             logError("%s: input %s is %s, expected %s", mOp.name, tensor.name, nameOf(inputTypes[input]), expected);
@@ -223,7 +270,7 @@ public:
 
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t, DynamicPluginTensorDesc const*,
                             int32_t) const noexcept override {
-        return mOp.workspace(inputs[0].max.d[0]);
+        return mOp.workspace({inputs});
     }
 
     char const* getTimingCacheID() noexcept override { return kVersion; }
@@ -242,14 +289,18 @@ public:
 
     int32_t enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,
                     void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
-        gsx_status const status = mOp.run({inputDesc, inputs, outputs, workspace, stream});
+        gsx_status const status = mOp.run({inputDesc, inputs, outputs, workspace, stream, mNumbers, mCounters.at()});
         if (status == GSX_OK) return 0;
         logError("%s: %s (status %d)", mOp.name, gsx_error_string(status), status);
         return kFailed;
     }
 
-    IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
-    PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &mNoFields; }
+    IPluginV3* attachToContext(IPluginResourceContext*) noexcept override {
+        auto* const made = new (std::nothrow) Plugin(mOp, mNumbers);
+        if (made != nullptr && mOp.counts) made->mCounters.allocate();
+        return made;
+    }
+    PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &mFields; }
 
 private:
     // The input dimension that a letter stands for, or null.
@@ -272,7 +323,10 @@ private:
     }
 
     Op const& mOp;
-    PluginFieldCollection mNoFields{};
+    float mNumbers[kMaxNumbers] = {};
+    PluginField mFieldList[kMaxNumbers];
+    PluginFieldCollection mFields{};
+    Counters mCounters;
 };
 
 constexpr int32_t kOwnOps = 3;
@@ -280,10 +334,13 @@ constexpr int32_t kOwnOps = 3;
 // All creators, which live as long as the library.
 struct Creators {
     Creator own[kOwnOps] = {Creator(kTopKGather), Creator(kThresholdGather), Creator(kGatedScatterAdd)};
-    std::vector<Creator> steps{std::begin(kStepOps), std::end(kStepOps)};
+    std::vector<Creator> steps;
     std::vector<IPluginCreatorInterface*> all;
 
     Creators() {
+        steps.reserve(std::size(kProductOps) + std::size(kAttentionOps));
+        for (Op const& op : kProductOps) steps.emplace_back(op);
+        for (Op const& op : kAttentionOps) steps.emplace_back(op);
         for (Creator& creator : own) all.push_back(&creator);
         for (Creator& creator : steps) all.push_back(&creator);
     }
@@ -297,17 +354,42 @@ gsx_type rowType(DataType type) noexcept {
     return type == DataType::kHALF ? GSX_FLOAT16 : type == DataType::kBF16 ? GSX_BFLOAT16 : GSX_FLOAT32;
 }
 
+Creator::Creator(Op const& op) noexcept : mOp(op) {
+    int32_t const count = countNumbers(op);
+    for (int32_t i = 0; i < count; ++i) mNames[i] = PluginField(op.numbers[i], nullptr, PluginFieldType::kFLOAT32, 1);
+    mFields = {count, mNames};
+}
+
 IPluginV3* Creator::createPlugin(AsciiChar const* name, PluginFieldCollection const* fields, TensorRTPhase) noexcept {
+    char const* const node = name != nullptr ? name : "(without a name)";
+    int32_t const count = countNumbers(mOp);
+    float numbers[kMaxNumbers] = {};
+    bool given[kMaxNumbers] = {};
     for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i) {
-        char const* field = fields->fields[i].name;
-        if (field == nullptr) continue;
+        PluginField const& field = fields->fields[i];
+        if (field.name == nullptr) continue;
         // These two only select the plugin.
-        if (std::strcmp(field, "plugin_namespace") == 0 || std::strcmp(field, "plugin_version") == 0) continue;
-        logError("%s: node %s has a field '%s', expected no fields", mOp.name, name != nullptr ? name : "(without a name)",
-                 field);
+        if (std::strcmp(field.name, "plugin_namespace") == 0 || std::strcmp(field.name, "plugin_version") == 0) continue;
+        int32_t number = 0;
+        while (number < count && std::strcmp(mOp.numbers[number], field.name) != 0) ++number;
+        if (number == count) {
+            logError("%s: node %s has a field '%s', expected %s", mOp.name, node, field.name,
+                     count == 0 ? "no fields" : "one that the op has");
+            return nullptr;
+        }
+        if (field.type != PluginFieldType::kFLOAT32 || field.length != 1 || field.data == nullptr) {
+            logError("%s: node %s: the field '%s' is not one float32", mOp.name, node, field.name);
+            return nullptr;
+        }
+        numbers[number] = *static_cast<float const*>(field.data);
+        given[number] = true;
+    }
+    for (int32_t number = 0; number < count; ++number) {
+        if (given[number]) continue;
+        logError("%s: node %s has no field '%s'", mOp.name, node, mOp.numbers[number]);
         return nullptr;
     }
-    IPluginV3* plugin = new (std::nothrow) Plugin(mOp);
+    IPluginV3* plugin = new (std::nothrow) Plugin(mOp, numbers);
     if (plugin == nullptr) logError("%s: out of memory", mOp.name);
     return plugin;
 }

@@ -10,7 +10,7 @@ namespace {
 
 float const* floats(void const* pointer) noexcept { return static_cast<float const*>(pointer); }
 
-size_t noWorkspace(int64_t) { return 0; }
+size_t noWorkspace(Largest const&) { return 0; }
 
 // One for all rows, or one for each.
 int64_t thresholdsOf(Call const& call, int32_t threshold, int32_t rows) noexcept {
@@ -133,7 +133,7 @@ constexpr Op codesGate(char const* name) {
 
 }  // namespace
 
-Op const kStepOps[] = {
+Op const kProductOps[] = {
     {"SkipLinear",
      4,
      1,

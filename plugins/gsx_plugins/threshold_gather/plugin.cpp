@@ -37,7 +37,7 @@ Op const kThresholdGather{
         {"index", Element::kPlace, "K"},
         {"count", Element::kPlace, ""},
     },
-    gsx_threshold_select_workspace,
+    byTokens<gsx_threshold_select_workspace>,
     run,
 };
 

@@ -36,7 +36,7 @@ Op const kTopKGather{
         {"index", Element::kPlace, "K"},
         {"count", Element::kPlace, ""},
     },
-    gsx_topk_select_workspace,
+    byTokens<gsx_topk_select_workspace>,
     run,
 };
 

@@ -23,6 +23,9 @@ KERNELS = (
     SOURCE_FOLDER / "threshold_gather/kernel.cu",
     SOURCE_FOLDER / "gated_scatter_add/kernel.cu",
     SOURCE_FOLDER / "skip_branch/kernel.cu",
+    SOURCE_FOLDER / "step_attention/kernel.cu",
+    SOURCE_FOLDER / "step_attention/float16.cu",
+    SOURCE_FOLDER / "step_attention/bfloat16.cu",
 )
 
 

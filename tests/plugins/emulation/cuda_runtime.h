@@ -60,6 +60,13 @@ inline uint32_t __shfl_up_sync(unsigned, uint32_t value, unsigned distance) {
     const unsigned lane = threadIdx.x % 32;
     return lane >= distance ? all[lane - distance] : value;
 }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    uint32_t all[32], bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    emulation::exchange(bits, "shfl_xor", all);
+    std::memcpy(&value, &all[threadIdx.x % 32 ^ static_cast<unsigned>(mask)], sizeof(value));
+    return value;
+}
 inline uint32_t __reduce_add_sync(unsigned, uint32_t value) {
     uint32_t all[32], sum = 0;
     emulation::exchange(value, "reduce_add", all);
@@ -83,6 +90,7 @@ template <typename T>
 T __ldcg(const T* at) {
     return *at;
 }
+inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
@@ -103,3 +111,4 @@ inline uint32_t __float_as_uint(float value) {
 }
 inline float __fmul_rn(float a, float b) { return a * b; }  // compiled with -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdividef(float a, float b) { return a / b; }

@@ -346,6 +346,24 @@ cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
     return cudaSuccess;
 }
 
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    std::memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+
+// What plugins keep for a context.
+cudaError_t cudaMalloc(void** at, size_t bytes) {
+    *at = std::malloc(bytes);
+    return *at != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaFree(void* at) {
+    std::free(at);
+    return cudaSuccess;
+}
+cudaError_t cudaMemset(void* at, int value, size_t bytes) { return cudaMemsetAsync(at, value, bytes, nullptr); }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
 const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorLaunchFailure ? emulation::gFault : "an error of CUDA";
 }

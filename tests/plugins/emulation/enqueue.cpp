@@ -3,6 +3,7 @@
 
 #include <NvInferRuntime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -16,15 +17,22 @@ namespace {
 
 constexpr size_t kAlignment = 256;  // of TensorRT's scratch memory
 
-IPluginV3* create(char const* name) {
+// A plugin as an engine recreates it: made with the numbers of a node, then from what that one stores.
+IPluginV3* create(char const* name, float const* numbers, int32_t given) {
     int32_t count = 0;
     IPluginCreatorInterface* const* creators = getCreators(count);
     for (int32_t i = 0; i < count; ++i) {
         auto* creator = static_cast<IPluginCreatorV3One*>(creators[i]);
-        PluginFieldCollection const none{0, nullptr};
-        if (std::strcmp(creator->getPluginName(), name) == 0) {
-            return creator->createPlugin("node", &none, TensorRTPhase::kRUNTIME);
-        }
+        if (std::strcmp(creator->getPluginName(), name) != 0) continue;
+        PluginFieldCollection const* const names = creator->getFieldNames();
+        std::vector<PluginField> fields(names->fields, names->fields + names->nbFields);
+        fields.resize(static_cast<size_t>(std::min(given, names->nbFields)));
+        for (size_t field = 0; field < fields.size(); ++field) fields[field].data = numbers + field;
+        PluginFieldCollection const all{static_cast<int32_t>(fields.size()), fields.data()};
+        std::unique_ptr<IPluginV3> const made(creator->createPlugin("node", &all, TensorRTPhase::kBUILD));
+        if (made == nullptr) return nullptr;
+        auto* runtime = static_cast<IPluginV3OneRuntime*>(made->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+        return creator->createPlugin("node", runtime->getFieldsToSerialize(), TensorRTPhase::kRUNTIME);
     }
     return nullptr;
 }
@@ -37,10 +45,12 @@ Part* part(IPluginV3& plugin, PluginCapabilityType type) {
 }  // namespace
 
 // Tensors are inputs, then outputs: TensorRT's number of the type, and dimensions. `most`: the first dimension of a profile.
+// numbers: attributes of the node, `given` of them. calls: how often it is run.
 // Returns what the plugin's enqueue returns, or the negative number of the step that failed before it.
 extern "C" int enqueue(char const* name, int32_t inputs, int32_t outputs, int32_t const* types, int32_t const* ranks,
-                       int64_t const (*dims)[Dims::MAX_DIMS], void* const* buffers, int64_t most) {
-    std::unique_ptr<IPluginV3> const plugin(create(name));
+                       int64_t const (*dims)[Dims::MAX_DIMS], void* const* buffers, int64_t most, float const* numbers,
+                       int32_t given, int32_t calls) {
+    std::unique_ptr<IPluginV3> const plugin(create(name, numbers, given));
     if (plugin == nullptr) return -10;
     std::vector<PluginTensorDesc> tensors(static_cast<size_t>(inputs + outputs));
     std::vector<DynamicPluginTensorDesc> dynamic(tensors.size());
@@ -66,5 +76,9 @@ extern "C" int enqueue(char const* name, int32_t inputs, int32_t outputs, int32_
     std::unique_ptr<IPluginV3> const attached(runtime->attachToContext(nullptr));
     runtime = part<IPluginV3OneRuntime>(*attached, PluginCapabilityType::kRUNTIME);
     if (runtime->onShapeChange(tensors.data(), inputs, tensors.data() + inputs, outputs) != 0) return -50;
-    return runtime->enqueue(tensors.data(), tensors.data() + inputs, buffers, buffers + inputs, workspace, nullptr);
+    int status = 0;
+    for (int32_t call = 0; call < calls && status == 0; ++call) {
+        status = runtime->enqueue(tensors.data(), tensors.data() + inputs, buffers, buffers + inputs, workspace, nullptr);
+    }
+    return status;
 }

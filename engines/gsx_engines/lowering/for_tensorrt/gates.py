@@ -16,7 +16,7 @@ from gsx_engines.lowering.for_tensorrt.step_weights import (
     as_codes,
     has_codes,
     has_step_plugins,
-    step_plugin,
+    step_product,
 )
 from gsx_engines.lowering.for_tensorrt.task import Task
 from gsx_plugins.graph import Graph, attribute, make_node
@@ -54,14 +54,14 @@ def multiply_gates(graph: Graph, task: Task) -> int:
             stored = graph.constants.get(weight.input[0])
             if not steps or stored is None or stored.data_type != task.float_type or stored.dims[1] == 1:
                 return None  # a scalar gate's product joins its neighbours
-            return [step_plugin("GateLinear", [rows], [StepWeights("rows", (stored.name,))], out)]
+            return [step_product("GateLinear", [rows], [StepWeights("rows", (stored.name,))], out)]
         floats = graph.producer(weight.input[0]) if weight.op_type == "Mul" else None
         codes = graph.constants.get(floats.input[0]) if floats is not None and floats.op_type == "Cast" else None
         scales = graph.constants.get(weight.input[1])
         if codes is None or scales is None or codes.data_type != TensorProto.INT8 or len(scales.dims) != 1:
             return None
         if steps and has_codes(graph, codes.name):
-            return [step_plugin("GateLinear", [rows], [as_codes(graph, codes, scales)], out)]
+            return [step_product("GateLinear", [rows], [as_codes(graph, codes, scales)], out)]
         if _ONE not in graph.constants:
             graph.add_constant(_ONE, np.float32(1))
         floats_out, unscaled = f"{out}.codes", f"{out}.unscaled"

@@ -2,9 +2,9 @@
 
 In a step every branch is masked (`choices.py`): all shapes are fixed, nothing waits, and one CUDA graph holds a call.
 So that masks save something, the products of a masked branch become plugins that first compare score and bound, and
-return without having read weights or rows where no row is kept (`plugins/gsx_plugins/skip_branch`). What is not a
-product stays masked: attention itself, RoPE, norms. K and V of a skipped token are computed where the K/V policy wants
-them.
+return without having read weights or rows where no row is kept (`plugins/gsx_plugins/skip_branch`). Attention has a
+plugin of its own (`step_attention.py`). What is left stays masked, as norms do. K and V of a skipped token are
+computed where the K/V policy wants them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import onnx
 
-from gsx_engines.lowering.for_tensorrt.step_weights import has_step_plugins, step_plugin, weights_of
+from gsx_engines.lowering.for_tensorrt.step_weights import has_step_plugins, step_product, weights_of
 from gsx_engines.lowering.for_tensorrt.task import Task
 from gsx_plugins.graph import Graph
 
 
 @dataclass(frozen=True)
-class _Decision:
+class Decision:
     """What a plugin compares: a row is kept if its score exceeds the bound."""
 
     score: str
@@ -42,7 +42,7 @@ def predicate_branches(graph: Graph, task: Task) -> int:
     if not has_step_plugins(task):
         return 0
     ends = {node.output[0]: made for node in graph.nodes if (made := _end_of_branch(graph, task, node)) is not None}
-    hidden = {_before_rounding(graph, made.input[1]): _decision_of(made) for made in ends.values()}
+    hidden = {_before_rounding(graph, made.input[1]): _read_by(made) for made in ends.values()}
     gates = {name: made for name, decision in hidden.items() if (made := _gate_up(graph, task, name, decision))}
     fused = {product for made in gates.values() for product in _products_of(graph, made.output[0])}
 
@@ -53,11 +53,11 @@ def predicate_branches(graph: Graph, task: Task) -> int:
         if out in gates:
             return [gates[out]]
         kept = task.products_of_kept.get(node.name)
-        decision = _decision(graph, kept) if kept is not None and out not in fused else None
+        decision = decision_of(graph, kept) if kept is not None and out not in fused else None
         weights = weights_of(graph, task, node)
         if decision is None or weights is None:
             return None
-        return [step_plugin("SkipLinear", [node.input[0], decision.score, decision.bound], [weights], out)]
+        return [step_product("SkipLinear", [node.input[0], decision.score, decision.bound], [weights], out)]
 
     graph.rewrite(predicated)
     graph.drop_unread()
@@ -67,18 +67,18 @@ def predicate_branches(graph: Graph, task: Task) -> int:
     return len(ends)
 
 
-def _decision(graph: Graph, column: str) -> _Decision | None:
+def decision_of(graph: Graph, column: str) -> Decision | None:
     """What a mask [N, 1] compares; None if it is not a comparison of scores with a bound."""
     unsqueezed = graph.producer(column)
     compared = graph.producer(unsqueezed.input[0]) if unsqueezed is not None else None
     if compared is None or compared.op_type != "Greater":
         return None
-    return _Decision(*compared.input)
+    return Decision(*compared.input)
 
 
-def _decision_of(made: onnx.NodeProto) -> _Decision:
+def _read_by(made: onnx.NodeProto) -> Decision:
     """The decision that a SkipLinearAdd reads."""
-    return _Decision(made.input[3], made.input[4])
+    return Decision(made.input[3], made.input[4])
 
 
 def _end_of_branch(graph: Graph, task: Task, node: onnx.NodeProto) -> onnx.NodeProto | None:
@@ -86,7 +86,7 @@ def _end_of_branch(graph: Graph, task: Task, node: onnx.NodeProto) -> onnx.NodeP
     if node.op_type != "Where" or node.input[0] not in task.masks.values():
         return None
     column, changed, residual = node.input
-    decision = _decision(graph, column)
+    decision = decision_of(graph, column)
     added = graph.producer(changed)
     gated = graph.producer(added.input[1]) if added is not None and added.op_type == "Add" else None
     if decision is None or added is None or gated is None or gated.op_type != "Mul" or added.input[0] != residual:
@@ -97,7 +97,7 @@ def _end_of_branch(graph: Graph, task: Task, node: onnx.NodeProto) -> onnx.NodeP
     if product is None or weights is None:
         return None
     inputs = [residual, product.input[0], gate, decision.score, decision.bound]
-    return step_plugin("SkipLinearAdd", inputs, [weights], node.output[0])
+    return step_product("SkipLinearAdd", inputs, [weights], node.output[0])
 
 
 def _before_rounding(graph: Graph, name: str) -> str:
@@ -109,7 +109,7 @@ def _before_rounding(graph: Graph, name: str) -> str:
     return quantized.input[0] if quantized is not None and quantized.op_type == "QuantizeLinear" else name
 
 
-def _gate_up(graph: Graph, task: Task, name: str, decision: _Decision) -> onnx.NodeProto | None:
+def _gate_up(graph: Graph, task: Task, name: str, decision: Decision) -> onnx.NodeProto | None:
     """The plugin for what a down projection reads, silu(x G) x (x U), or None."""
     multiplied = graph.producer(name)
     if multiplied is None or multiplied.op_type != "Mul" or len(graph.users(name)) != 1:
@@ -123,7 +123,7 @@ def _gate_up(graph: Graph, task: Task, name: str, decision: _Decision) -> onnx.N
     both = [weights for product in (gate, up) if (weights := weights_of(graph, task, product)) is not None]
     if len(both) != 2 or both[0].form != both[1].form or gate.input[0] != up.input[0]:
         return None
-    return step_plugin("SkipGateUp", [gate.input[0], decision.score, decision.bound], both, name)
+    return step_product("SkipGateUp", [gate.input[0], decision.score, decision.bound], both, name)
 
 
 def _products_of(graph: Graph, name: str) -> list[str]:

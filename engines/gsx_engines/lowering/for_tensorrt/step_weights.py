@@ -93,19 +93,24 @@ def as_codes(graph: Graph, codes: TensorProto, scales: TensorProto) -> StepWeigh
     )
 
 
-def step_plugin(op: str, before: Sequence[str], weights: Sequence[StepWeights], out: str) -> onnx.NodeProto:
-    """A node of a step's plugin. Args: op: without the ending for the weights' form; before: its inputs before them;
+def step_product(op: str, before: Sequence[str], weights: Sequence[StepWeights], out: str) -> onnx.NodeProto:
+    """A node of a product's plugin. Args: op: without the ending for the weights' form; before: its inputs before them;
     weights: all of one form."""
     (form,) = {one.form for one in weights}
-    name = op + STEP_WEIGHTS[form]
+    return step_plugin(op + STEP_WEIGHTS[form], [*before, *(value for one in weights for value in one.inputs)], [out])
+
+
+def step_plugin(op: str, inputs: Sequence[str], outputs: Sequence[str], **numbers: float) -> onnx.NodeProto:
+    """A node of a step's plugin, with its numbers as attributes."""
     return onnx.helper.make_node(
-        name,
-        [*before, *(value for one in weights for value in one.inputs)],
-        [out],
-        name=f"{out}.{name}",
+        op,
+        inputs,
+        outputs,
+        name=f"{outputs[0]}.{op}",
         domain=DOMAIN,
         plugin_namespace=PLUGIN_NAMESPACE,
         plugin_version=PLUGIN_VERSION,
+        **numbers,
     )
 
 
