@@ -66,7 +66,8 @@ def write_card(folder: Path, settings: TrainSettings, config: ModelConfig, facts
     plots.mkdir()
     budgets, exits = budgets_of(facts.metrics), exits_of(facts.metrics)
     dense = facts.metrics.get("eval_dense_perplexity")
-    pictures = [_quality(budgets, exits, dense, plots / "quality.png")] if budgets or exits else []
+    by_depth = exits if len(exits) > 1 else []  # one exit is no curve; `_curves` shows how it learnt
+    pictures = [_quality(budgets, by_depth, dense, plots / "quality.png")] if budgets or by_depth else []
     pictures.append(_curves(facts.log, plots / "training.png"))
     if config.gate is not None:
         pictures.append(_layers(facts.metrics, config, plots / "gates.png"))
@@ -106,12 +107,18 @@ def _text(
     front += ["library_name: peft"] * (settings.mode != "full") + [f"tags: [gsx, {', '.join(_tags(config))}]", "---"]
     dense = facts.metrics.get("eval_dense_perplexity")
     lines = [*front, "", f"# {Path(facts.base).name} with {what}", "", *_what(settings, config, facts), ""]
+    ranked = (
+        ", with gates that rank the tokens of each row; `gsx verify` and `gsx compare` measure an export"
+        if budgets
+        else ""
+    )
     lines += [
-        f"Measured on held-out text ({facts.held_out} rows of {facts.length} tokens) by the run itself, with gates"
+        f"Measured on held-out text ({facts.held_out} rows of {facts.length} tokens) by the run itself{ranked}.",
+        "",
     ]
-    lines += ["that rank the tokens of each row; `gsx verify` and `gsx compare` measure an export.", ""]
     if dense is not None:
-        lines += [f"The base model's perplexity there is {dense:.2f}.", ""]
+        own = "" if budgets else f", this model's with all layers {facts.metrics['eval_perplexity']:.2f}"
+        lines += [f"The base model's perplexity there is {dense:.2f}{own}.", ""]
     if budgets:
         lines += [
             "| budget | perplexity |" + (" against the base |" if dense else ""),
@@ -129,7 +136,8 @@ def _text(
         ]
         lines += [""]
     lines += [f"![{name}]({PLOTS}/{name}.png)" for name in pictures]
-    lines += ["", "## Use", "", "    gsx export DIR" + (" --budget 0.8" if budgets else "") + " -o bundle"]
+    options = " --budget 0.8" * bool(budgets) + " --draft auto" * bool(exits)
+    lines += ["", "## Use", "", f"    gsx export DIR{options} -o bundle"]
     lines += ["    gsx verify bundle", "", "## Training", ""]
     lines += [f"Text: {facts.data}. {facts.steps:,} steps, {facts.tokens:,} tokens; {facts.trained:,} of"]
     lines += [
@@ -229,7 +237,9 @@ def _quality(
 
 
 def _curves(log: Sequence[dict[str, Any]], path: Path) -> str:
-    figure, axes = _figure(2)
+    """Loss, perplexity and, with exits, how often their first choice is the model's, by step."""
+    agreements = sorted({name for one in log for name in one if name.endswith("_agreement")})
+    figure, axes = _figure(2 + bool(agreements))
     steps = [one["step"] for one in log if "loss" in one]
     _line(axes[0], steps, [one["loss"] for one in log if "loss" in one], "step", "training loss")
     evaluations = [one for one in log if "eval_loss" in one]
@@ -245,6 +255,16 @@ def _curves(log: Sequence[dict[str, Any]], path: Path) -> str:
     axes[1].set_ylabel("perplexity, held out")
     axes[1].grid(color="#e3e7ec")
     axes[1].legend(fontsize=7, frameon=False)
+    for name in agreements:
+        points = [(one["step"], 100 * one[name]) for one in evaluations if name in one]
+        shown = name.removeprefix("eval_").removesuffix("_agreement").replace("_", " ")
+        axes[2].plot(
+            [step for step, _ in points], [share for _, share in points], marker="o", markersize=3, label=shown
+        )
+        axes[2].set_xlabel("step")
+        axes[2].set_ylabel("first choice is the model's, %")
+        axes[2].grid(color="#e3e7ec")
+        axes[2].legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=110)
     return path.stem
 
