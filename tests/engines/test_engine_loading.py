@@ -276,4 +276,4 @@ def test_steps_that_cannot_be_used_are_left_out_with_a_warning(
     assert bool(warned) == (reason is not None)
     if reason is not None:
         assert re.search(rf"(?s)engines for all calls, which are slower: .*{re.escape(reason)}.*gsx build", warned[0])
-        assert harm is refused or "--batch 1 --step 1" in warned[0]
+        assert harm is refused or re.search(r"--context \d+ --batch 1 --step 1", warned[0])

@@ -131,7 +131,7 @@ std::string buildCommand(Bundle const& bundle, EngineEntry const& entry) {
     std::string const command = buildCommand(bundle, entry.backend);
     if (entry.kvLayout != kStepLayout) return command;
     EngineProfile const& sizes = entry.profiles.front();
-    return command + " --batch " + std::to_string(sizes.batch.most) + " --step " + std::to_string(sizes.tokens.most);
+    return command + " --context " + std::to_string(entry.capacity) + " --batch " + std::to_string(sizes.batch.most) + " --step " + std::to_string(sizes.tokens.most);
 }
 
 void requireEngines(Bundle const& bundle, std::string const& backend) {

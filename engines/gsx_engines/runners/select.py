@@ -42,11 +42,11 @@ def open_split_runner(bundle: Bundle, threads: int | None = None, backend: Backe
         BundleError: the bundle has no such graphs.
         EngineError: as in `open_runner`.
     """
-    if isinstance(backend, str) and backend != "onnxruntime":
+    if not isinstance(backend, str):
+        return SplitRunner(backend.stage(bundle, "draft"), backend.stage(bundle, "verify"))
+    if backend != "onnxruntime":
         early = open_stage(bundle, backend, "draft")
         return SplitRunner(early, open_stage(bundle, backend, "verify", beside=early))
-    if backend != "onnxruntime":
-        return SplitRunner(_stage(bundle, "draft", threads, backend), _stage(bundle, "verify", threads, backend))
     late, draft = OnnxRuntimeStage(bundle, "verify", threads=threads), bundle.manifest.draft
     own_head = draft is not None and draft.vocabulary is not None
     return SplitRunner(OnnxRuntimeStage(bundle, "draft", threads=threads, shares_head=None if own_head else late), late)

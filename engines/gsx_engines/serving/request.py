@@ -122,3 +122,26 @@ class Client(Protocol):
     def dropped(self) -> None:
         """The request was ended because the client no longer waits for it."""
         ...
+
+
+class Nobody:
+    """A client that only remembers why its request failed."""
+
+    error: Exception | None = None
+
+    def tokens(self, new: NewTokens) -> None:
+        """See `Client`."""
+
+    def finished(self, result: Finished) -> None:
+        """See `Client`."""
+
+    def failed(self, error: Exception) -> None:
+        """See `Client`."""
+        self.error = error
+
+    def is_gone(self) -> bool:
+        """See `Client`."""
+        return False
+
+    def dropped(self) -> None:
+        """See `Client`."""

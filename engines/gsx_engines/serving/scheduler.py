@@ -19,31 +19,29 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from gsx_engines.bundle.controls import RuntimeValues, controls_for, shared_by_batch, stacked
+from gsx_engines.bundle.controls import RuntimeValues, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import DraftKind
-from gsx_engines.bundle.hold import with_thresholds
 from gsx_engines.errors import LostGpuError
-from gsx_engines.generation.continuation import Continuation, held
+from gsx_engines.generation.continuation import Continuation
 from gsx_engines.generation.decoding import Decoding
 from gsx_engines.generation.generate import check_draft_length
 from gsx_engines.generation.reading import read, read_tokens
-from gsx_engines.generation.stats import GenerationStats
 from gsx_engines.likeliest import Likeliest
-from gsx_engines.runners.base import Logits, Runner, StepOutput
-from gsx_engines.sampling import Picker, TokenLogprobs, logprobs_of
+from gsx_engines.runners.base import Logits, Runner
+from gsx_engines.sampling import logprobs_of
 from gsx_engines.serving.cache_rows import CacheRows
+from gsx_engines.serving.job import Job, Prompt, inform
 from gsx_engines.serving.memory import Trimmer
-from gsx_engines.serving.request import Client, ClosingError, Finished, NewTokens, OverloadedError, Request
+from gsx_engines.serving.request import Client, ClosingError, Nobody, OverloadedError, Request
 from gsx_engines.speculation.draft import draft_on
-from gsx_engines.tokens import BundleTokenizer, TextWriter
+from gsx_engines.tokens import BundleTokenizer
 from gsx_plugins.errors import UsageError
 
 _LOG = logging.getLogger(__name__)
@@ -53,157 +51,6 @@ MAX_PROMPT_LOGITS = 2**28
 PIECE = 256
 # The request that warms up: a call is recorded when its kind has been made twice, and then replayed.
 _WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 4
-
-
-@dataclass
-class _Counts:
-    """Rows that a request's tokens kept, of those that the keep rule decided on.
-
-    Args: complete: whether all calls told.
-    """
-
-    kept: int = 0
-    gated: int = 0
-    complete: bool = True
-
-
-@dataclass
-class _Prompt:
-    """The prompt of a request; once a continuation has read it, what it counted, and the last token's logits [V]."""
-
-    counts: _Counts = field(default_factory=_Counts)
-    cached: int = 0
-    logits: np.ndarray | None = None
-    logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-class _Job:
-    """A continuation that waits or runs, with results that its client has not received yet.
-
-    Args:
-        request: what is continued.
-        client: receives the continuation.
-        number: of the continuation in its request; the sampling's noise depends on it.
-        prompt: shared by the continuations of a request.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        client: Client,
-        number: int,
-        prompt: _Prompt,
-        runner: Runner,
-        tokenizer: BundleTokenizer | None,
-    ) -> None:
-        self.client, self.request, self.prompt = client, request, prompt
-        self.controls = controls_for(runner.manifest, request.keep, [len(request.prompt)])
-        self._ids: list[int] = []
-        self._text: list[str] = []
-        self._writer = (
-            TextWriter(tokenizer.stream(request.prompt), request.stop, self._text.append) if tokenizer else None
-        )
-        self.sequence = Continuation(
-            runner.manifest,
-            request.prompt,
-            request.max_new_tokens,
-            Picker(request.sampling),
-            number,
-            self._on_token,
-            request.stop_ids,
-            request.logprobs,
-            held(runner, request.keep),
-        )
-        self.decoding: Decoding | None = None  # of a speculative request
-        self._arrived = time.perf_counter()
-        self._began = self._first = 0.0
-        self._rows: list[np.ndarray] = []  # kept rows that the client has not received yet
-        self.counts = _Counts()
-        self._steps = 0
-
-    @property
-    def reading(self) -> bool:
-        """Whether it is still reading its prompt."""
-        return not self.sequence.tokens
-
-    def begin(self) -> None:
-        """Record that it leaves the queue."""
-        self._began = time.perf_counter()
-
-    def count(self, output: StepOutput, row: int, tokens: int, all_tokens: int) -> None:
-        """Count its part of a call.
-
-        Args:
-            output: of the call.
-            row: of the request.
-            tokens, all_tokens: tokens of the request, and of all sequences in the call.
-        """
-        self._steps += not self.reading
-        hold = self.sequence.hold
-        if hold is not None and not self.reading:
-            assert output.kept_by_token is not None
-            if hold.read(int(output.kept_by_token[row, 0])):
-                self.controls = with_thresholds(self.controls, [hold])
-        if output.kept is None:
-            return
-        counts = self.counts
-        if output.kept_by_sequence is not None:
-            counts.kept += int(output.kept_by_sequence[row].sum())
-        elif tokens == all_tokens:
-            counts.kept += int(output.kept.sum())
-        else:
-            counts.complete = False
-        counts.gated += output.gated_rows * tokens // all_tokens
-        if self.request.kept and not self.reading:
-            if output.kept_by_sequence is not None:
-                self._rows.append(output.kept_by_sequence[row])
-            elif all_tokens == 1:
-                self._rows.append(output.kept)
-
-    def report(self) -> bool:
-        """Send the client what is new; returns whether the request has ended."""
-        self._first = self._first or time.perf_counter()
-        ended = self.sequence.finish is not None
-        if ended and self._writer is not None:
-            self._writer.finish()
-        logprobs = self.sequence.logprobs
-        new = NewTokens(
-            tuple(self._ids), "".join(self._text), tuple(logprobs[len(logprobs) - len(self._ids) :]), tuple(self._rows)
-        )
-        self._ids.clear()
-        self._text.clear()
-        self._rows.clear()
-        self.client.tokens(new)
-        if ended:
-            self.client.finished(self._result())
-        return ended
-
-    def _on_token(self, token: int) -> bool:
-        self._ids.append(token)
-        if token in (self.request.stop_ids or ()):
-            return False
-        return self._writer is not None and self._writer.push(token)
-
-    def _result(self) -> Finished:
-        stats = self.decoding.stats() if self.decoding is not None else self._stats()
-        finish = self.sequence.finish
-        assert finish is not None
-        waited, first = self._began - self._arrived, self._first - self._arrived
-        return Finished(finish, waited, first, stats, self.prompt.logprobs, self.prompt.cached)
-
-    def _stats(self) -> GenerationStats:
-        hold = self.sequence.hold
-        return GenerationStats(
-            prompt_tokens=len(self.sequence.prompt),
-            new_tokens=len(self.sequence.tokens),
-            prefill_seconds=self._first - self._began,
-            decode_seconds=time.perf_counter() - self._first if self._steps else 0.0,
-            decode_steps=self._steps,
-            kept_rows=self.counts.kept if self.counts.complete else 0,
-            gated_rows=self.counts.gated if self.counts.complete else 0,
-            held_kept_rows=hold.kept if hold is not None else 0,
-            held_gated_rows=hold.gated if hold is not None else 0,
-        )
 
 
 class Scheduler:
@@ -237,9 +84,9 @@ class Scheduler:
         self._whole_prompts = manifest.depends_on_call
         self._cache_rows = CacheRows(runner, slots, self.context, shares=not self._whole_prompts)
         self._cache, self._piece = self._cache_rows.cache, piece
-        self._batch: list[_Job] = []  # job n uses row n of the cache
-        self._alone: list[_Job] = []  # speculative jobs
-        self._waiting: deque[_Job] = deque()
+        self._batch: list[Job] = []  # job n uses row n of the cache
+        self._alone: list[Job] = []  # speculative jobs
+        self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._failure: LostGpuError | None = None
@@ -300,10 +147,9 @@ class Scheduler:
                 expected=f"at most {max(1, self.queue)}",
                 found=str(len(clients)),
             )
-        prompt = _Prompt()
+        prompt = Prompt()
         jobs = [
-            _Job(request, client, number, prompt, self._runner, self._tokenizer)
-            for number, client in enumerate(clients)
+            Job(request, client, number, prompt, self._runner, self._tokenizer) for number, client in enumerate(clients)
         ]
         if jobs[0].sequence.capacity > self.context:
             raise UsageError(
@@ -339,7 +185,7 @@ class Scheduler:
         if self._draft is not None:
             asked.append((replace(request, speculative=True), 1))
         for one, number in asked:
-            nobody = _Nobody()
+            nobody = Nobody()
             self.submit(one, *[nobody] * number)
             while self.under_way or self.waiting:
                 self.work()
@@ -355,7 +201,7 @@ class Scheduler:
             with self._changed:
                 self._failure, self._closed = error, True
         for job in [*self._batch, *self._alone, *self._waiting]:
-            _inform(partial(job.client.failed, self._failure or ClosingError()))
+            inform(partial(job.client.failed, self._failure or ClosingError()))
 
     def _run(self, after_turn: Callable[[], None]) -> None:
         trimmer = Trimmer()
@@ -396,7 +242,7 @@ class Scheduler:
         leaving = [job for job in [*self._batch, *self._alone] if job.client.is_gone()]
         self._leave(leaving)
         for job in [*gone, *leaving]:
-            _inform(job.client.dropped)
+            inform(job.client.dropped)
 
     def _admit(self) -> None:
         """Admit a request, one at a time, so that running requests never wait for more than one piece of a prompt."""
@@ -411,19 +257,19 @@ class Scheduler:
             self._batch.append(job)
             self._works([job], partial(self._enter, job))
 
-    def _enter(self, job: _Job) -> None:
+    def _enter(self, job: Job) -> None:
         """Give a request its row, with what is there already of its prompt."""
         afresh = job.request.prompt_logprobs or self._source_of(job) is not None
         shared = self._cache_rows.enter(self._batch.index(job), job.sequence, job.controls, afresh=afresh)
         if job.prompt.logits is None:
             job.prompt.cached = shared
 
-    def _source_of(self, job: _Job) -> int | None:
+    def _source_of(self, job: Job) -> int | None:
         """The row of another continuation of the same request, if it has read the prompt."""
         rows = (row for row, one in enumerate(self._batch) if one.prompt is job.prompt and one is not job)
         return None if job.prompt.logits is None else next(rows, None)
 
-    def _read_piece(self, job: _Job) -> None:
+    def _read_piece(self, job: Job) -> None:
         """Read the next tokens of a prompt, or all that are left if nobody waits for a step meanwhile; after the last
         one, choose the first new token."""
         prompt, tokens, row = job.prompt, job.sequence.prompt, self._batch.index(job)
@@ -449,20 +295,20 @@ class Scheduler:
         assert prompt.logits is not None
         job.sequence.take(prompt.logits)
 
-    def _groups(self) -> list[list[_Job]]:
+    def _groups(self) -> list[list[Job]]:
         """The jobs of the batch, grouped by the steps that they may share.
 
         Jobs share a step if their run-time values for the whole call are equal. Under rank selection no jobs share one,
         since their tokens would compete with each other.
         """
-        groups: dict[object, list[_Job]] = {}
+        groups: dict[object, list[Job]] = {}
         for job in (job for job in self._batch if not job.reading):
             same = shared_by_batch(job.controls)
             groups.setdefault(id(job) if self._chooses_by_call else same, []).append(job)
         return list(groups.values())
 
-    def _step(self, jobs: list[_Job]) -> None:
-        logits: dict[_Job, np.ndarray | Likeliest] = {}
+    def _step(self, jobs: list[Job]) -> None:
+        logits: dict[Job, np.ndarray | Likeliest] = {}
 
         def step() -> None:
             rows = self._rows(jobs)
@@ -477,7 +323,7 @@ class Scheduler:
             for job, scores in logits.items():
                 self._attempt([job], partial(job.sequence.take, scores))
 
-    def _round(self, job: _Job) -> None:
+    def _round(self, job: Job) -> None:
         if job.decoding is None:
             assert self._draft is not None
             draft = draft_on(self._runner, self._draft)
@@ -487,23 +333,23 @@ class Scheduler:
         else:
             job.decoding.round()
 
-    def _rows(self, jobs: list[_Job]) -> list[Continuation | None]:
+    def _rows(self, jobs: list[Job]) -> list[Continuation | None]:
         """The sequences of some jobs by their rows in the cache."""
         return [job.sequence if job in jobs else None for job in self._batch] + [None] * (
             self._cache.batch - len(self._batch)
         )
 
-    def _controls(self, jobs: list[_Job]) -> RuntimeValues:
+    def _controls(self, jobs: list[Job]) -> RuntimeValues:
         """The run-time values of a call for some jobs; values for each sequence are at the rows of the jobs."""
         rows = [job.controls if job in jobs else None for job in self._batch]
         return stacked([*rows, *[None] * (self._cache.batch - len(rows))])
 
-    def _attempt(self, jobs: list[_Job], work: Callable[[], object]) -> None:
+    def _attempt(self, jobs: list[Job], work: Callable[[], object]) -> None:
         """Do the work of some jobs, and report to the clients of those that have tokens."""
         if self._works(jobs, work):
-            self._leave([job for job in jobs if not job.reading and _inform(job.report)])
+            self._leave([job for job in jobs if not job.reading and inform(job.report)])
 
-    def _works(self, jobs: list[_Job], work: Callable[[], object]) -> bool:
+    def _works(self, jobs: list[Job], work: Callable[[], object]) -> bool:
         """Do the work of some jobs; returns whether it succeeded. A failure affects only these jobs, unless nothing
         works any more."""
         try:
@@ -514,12 +360,12 @@ class Scheduler:
         except Exception as error:
             _LOG.exception("a step failed")
             for job in jobs:
-                _inform(partial(job.client.failed, error))
+                inform(partial(job.client.failed, error))
             self._leave(jobs, failed=True)
             return False
         return True
 
-    def _leave(self, jobs: list[_Job], *, failed: bool = False) -> None:
+    def _leave(self, jobs: list[Job], *, failed: bool = False) -> None:
         """Free the slots of some jobs; the last row of the batch moves into each freed row."""
         for job in jobs:
             if job in self._alone:
@@ -529,35 +375,3 @@ class Scheduler:
             self._cache_rows.leave(row, last, failed=failed)
             self._batch[row] = self._batch[last]
             self._batch.pop()
-
-
-class _Nobody:
-    """The client of a request that warms up."""
-
-    error: Exception | None = None
-
-    def tokens(self, new: NewTokens) -> None:
-        """See `Client`."""
-
-    def finished(self, result: Finished) -> None:
-        """See `Client`."""
-
-    def failed(self, error: Exception) -> None:
-        """See `Client`."""
-        self.error = error
-
-    def is_gone(self) -> bool:
-        """See `Client`."""
-        return False
-
-    def dropped(self) -> None:
-        """See `Client`."""
-
-
-def _inform(inform: Callable[[], bool | None]) -> bool:
-    """Call a client; returns whether its request is over, which is also the case if the client cannot be reached."""
-    try:
-        return bool(inform())
-    except Exception:
-        _LOG.warning("a client can no longer be informed about its request", exc_info=True)
-        return True

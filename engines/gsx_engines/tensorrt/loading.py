@@ -122,10 +122,12 @@ def find_steps(bundle: Bundle, found: EngineSet) -> list[EngineSet]:
 
 
 def build_command(bundle: Bundle, entry: EngineEntry) -> str:
-    """The command that builds a set of engines again."""
+    """The command that builds a set of engines again; steps only fit engines of the same context."""
+    command = f"gsx build {bundle.directory} --backend {entry.backend}"
+    if entry.kv_layout != "step":
+        return command
     sizes = entry.profiles[0]
-    step = f" --batch {sizes.batch.most} --step {sizes.tokens.most}" if entry.kv_layout == "step" else ""
-    return f"gsx build {bundle.directory} --backend {entry.backend}{step}"
+    return f"{command} --context {entry.capacity} --batch {sizes.batch.most} --step {sizes.tokens.most}"
 
 
 def left_out(problem: EngineError) -> None:

@@ -66,12 +66,12 @@ class LoraSettings:
 
     def scale(self, module: str, rank: int) -> float:
         """What B A is multiplied by. Args: module: its name in transformers' model; rank: of its factors."""
-        alpha = _matched(self.alphas, module, self.alpha)
+        alpha = matched(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.by_root else rank)
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's factors."""
-        return _matched(self.ranks, module, self.rank)
+        return matched(self.ranks, module, self.rank)
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,9 @@ def _settings(path: Path, raw: Mapping[str, Any]) -> LoraSettings:
     )
 
 
-def _matched(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    """PEFT's `get_pattern_key`: a pattern names a module, or the end of its path."""
+def matched(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
+    """What the first pattern that fits says of a module. PEFT's `get_pattern_key`: a pattern names a module, or the end
+    of its path."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
 
 

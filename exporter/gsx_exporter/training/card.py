@@ -243,30 +243,28 @@ def _curves(log: Sequence[dict[str, Any]], path: Path) -> str:
     steps = [one["step"] for one in log if "loss" in one]
     _line(axes[0], steps, [one["loss"] for one in log if "loss" in one], "step", "training loss")
     evaluations = [one for one in log if "eval_loss" in one]
+    perplexities = {}
     for name in sorted({name for one in evaluations for name in one if "perplexity" in name}):
         short = name.removeprefix("eval_").replace("perplexity_at_", "budget ").replace("_perplexity", "")
-        shown = {"dense": "the base", "perplexity": "whole model"}.get(short, short.replace("_", " "))
-        points = [(one["step"], one[name]) for one in evaluations if name in one]
-        axes[1].plot(
-            [step for step, _ in points], [value for _, value in points], marker="o", markersize=3, label=shown
-        )
+        perplexities[name] = {"dense": "the base", "perplexity": "whole model"}.get(short, short.replace("_", " "))
+    _by_step(axes[1], evaluations, perplexities, "perplexity, held out")
     _perplexity_axis(axes[1])
-    axes[1].set_xlabel("step")
-    axes[1].set_ylabel("perplexity, held out")
-    axes[1].grid(color="#e3e7ec")
-    axes[1].legend(fontsize=7, frameon=False)
-    for name in agreements:
-        points = [(one["step"], 100 * one[name]) for one in evaluations if name in one]
-        shown = name.removeprefix("eval_").removesuffix("_agreement").replace("_", " ")
-        axes[2].plot(
-            [step for step, _ in points], [share for _, share in points], marker="o", markersize=3, label=shown
-        )
-        axes[2].set_xlabel("step")
-        axes[2].set_ylabel("first choice is the model's, %")
-        axes[2].grid(color="#e3e7ec")
-        axes[2].legend(fontsize=7, frameon=False)
+    if agreements:
+        exits = {name: name.removeprefix("eval_").removesuffix("_agreement").replace("_", " ") for name in agreements}
+        _by_step(axes[2], evaluations, exits, "first choice is the model's, share")
     figure.savefig(path, dpi=110)
     return path.stem
+
+
+def _by_step(axis: Any, evaluations: Sequence[dict[str, Any]], names: dict[str, str], up: str) -> None:
+    """A line for each figure of the evaluations. Args: names: of the figures -> as they are shown."""
+    for name, shown in names.items():
+        points = [(one["step"], one[name]) for one in evaluations if name in one]
+        axis.plot([step for step, _ in points], [value for _, value in points], marker="o", markersize=3, label=shown)
+    axis.set_xlabel("step")
+    axis.set_ylabel(up)
+    axis.grid(color="#e3e7ec")
+    axis.legend(fontsize=7, frameon=False)
 
 
 def _layers(metrics: dict[str, float], config: ModelConfig, path: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from gsx_exporter.checkpoint.adapter import matched
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.quiet import quiet_transformers
@@ -89,11 +90,12 @@ def check_trainable(checkpoint: Checkpoint, settings: TrainSettings) -> None:
 
 
 def _check_ranks(checkpoint: Checkpoint, lora: LoraSettings) -> None:
-    unused = set(lora.rank_pattern)
+    """Refuse a rank that a matrix cannot have, and a pattern that names no layer."""
+    ranks = {pattern: (pattern, rank) for pattern, rank in lora.rank_pattern.items()}
+    unused = set(ranks)
     for name in sorted(_linear_named(checkpoint, *_names(lora.targets)), key=lambda one: min(checkpoint.shape(one))):
-        pattern = lora.pattern_of(name.removesuffix(".weight"))
-        unused.discard(pattern or "")
-        rank = lora.rank if pattern is None else lora.rank_pattern[pattern]
+        pattern, rank = matched(ranks, name.removesuffix(".weight"), ("", lora.rank))
+        unused.discard(pattern)
         if rank > min(checkpoint.shape(name)):
             raise UsageError(
                 f"{checkpoint.source}: the rank is larger than a matrix",

@@ -159,13 +159,6 @@ class LoraSettings(_Section):
                 raise ValueError(f"{pattern} is a regular expression ({error})") from error
         return patterns
 
-    def pattern_of(self, module: str) -> str | None:
-        """The pattern that names a module; None without one. PEFT's rule: the end of its path, the first that matches.
-
-        Args: module: its name in transformers' model.
-        """
-        return next((one for one in self.rank_pattern if re.match(rf"(.*\.)?({one})$", module)), None)
-
 
 class DataSettings(_Section):
     """The text.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_steps_that_cannot_be_used_are_left_out_with_a_warning(
     if reason is not None:
         assert reason in says
         assert warnings[0].startswith("warning: steps run on the engines for all calls, which are slower: ")
-        assert "--step" in says
+        assert re.search(r"--context \d+ --batch \d+ --step \d+", says)
 
 
 def test_gsx_run(stand_in: StandIn) -> None:
