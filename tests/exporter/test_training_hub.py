@@ -5,23 +5,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 
+from tests.hub_server import COMMIT, HubHandler, entry, serving
 from tests.tiny import tiny_checkpoint
 
 REPO = "someone/tiny-texts"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def _lines(word: str, count: int) -> bytes:
@@ -72,29 +69,26 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-class DataHub(BaseHTTPRequestHandler):
+class DataHub(HubHandler):
     """Gives the files of one data set."""
 
-    def do_GET(self) -> None:
+    def get(self) -> None:
         base = f"/api/datasets/{REPO}"
         tree, _, query = self.path.partition("?")
         if tree in (base, f"{base}/revision/main", f"{base}/revision/{COMMIT}"):
-            self._json({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]})
+            self.send_json({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]})
         elif tree.startswith(f"{base}/tree/{COMMIT}"):
-            self._json(self._listed(tree.removeprefix(f"{base}/tree/{COMMIT}").strip("/"), "recursive=True" in query))
+            self.send_json(
+                self._listed(tree.removeprefix(f"{base}/tree/{COMMIT}").strip("/"), "recursive=True" in query)
+            )
         else:
             revision, _, name = tree.removeprefix(f"/datasets/{REPO}/resolve/").partition("/")
             self._file(FILES.get(name) if revision in ("main", COMMIT) else None)
 
-    do_HEAD = do_GET  # noqa: N815 (the base class finds it by this name)
-
-    def do_POST(self) -> None:
+    def post(self) -> None:
         """What is known of some paths."""
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
-        self._json([one for one in self._listed("", True) if one["path"] in asked])
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.send_json([one for one in self._listed("", True) if one["path"] in asked])
 
     def _listed(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -103,51 +97,21 @@ class DataHub(BaseHTTPRequestHandler):
         found += [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
         for name in names:
             if recursive or name.rpartition("/")[0] == folder:
-                found.append({"type": "file", "path": name, "size": len(FILES[name]), "oid": _sha(FILES[name])[:40]})
+                found.append(entry(name, FILES[name]))
         return found
 
     def _file(self, content: bytes | None) -> None:
-        if content is None:
-            missing = "EntryNotFound" if f"/{REPO}/" in self.path else "RepoNotFound"
-            self._json({"error": "not found"}, 404, {"X-Error-Code": missing})
+        if content is not None:
+            self.send_file(content)
             return
-        first, last, code = 0, len(content) - 1, 200
-        if (asked := self.headers.get("Range")) is not None:
-            begin, _, end = asked.removeprefix("bytes=").partition("-")
-            first, last, code = int(begin), min(int(end or last), last), 206
-        self.send_response(code)
-        self.send_header("ETag", f'"{_sha(content)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Accept-Ranges", "bytes")
-        if code == 206:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        self.send_header("Content-Length", str(last - first + 1))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content[first : last + 1])
-
-    def _json(self, value: Any, code: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        content = json.dumps(value).encode()
-        self.send_response(code)
-        for name, text in (headers or {}).items():
-            self.send_header(name, text)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-
-def _sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+        missing = "EntryNotFound" if f"/{REPO}/" in self.path else "RepoNotFound"
+        self.send_json({"error": "not found"}, 404, {"X-Error-Code": missing})
 
 
 @pytest.fixture
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), DataHub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with serving(DataHub) as address:
+        yield address
 
 
 def python(arguments: list[str], home: Path, **environment: str) -> subprocess.CompletedProcess[str]:

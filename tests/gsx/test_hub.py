@@ -6,16 +6,12 @@ The library is the real one; the server speaks the hub's protocol as far as thes
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import pytest
 import yaml
@@ -24,58 +20,47 @@ import gsx
 from gsx.workflows.hub import card, open_named
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.errors import BundleError
+from tests.hub_server import COMMIT, HubHandler, entry, serving
 
 REPO = "someone/tiny-gsx"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(HubHandler):
     """Takes a commit of one repository, and gives its files."""
 
     files: dict[str, bytes]
 
-    def do_POST(self) -> None:
+    def post(self) -> None:
         body = self._body()
         if self.path == "/api/repos/create":
-            self._json({"url": f"{self._address}/{REPO}", "name": REPO})
+            self.send_json({"url": f"{self._address}/{REPO}", "name": REPO})
         elif self.path == "/api/validate-yaml":  # of a card
-            self._json({"errors": [], "warnings": []})
+            self.send_json({"errors": [], "warnings": []})
         elif self.path.endswith("/preupload/main"):
             names = [one["path"] for one in json.loads(body)["files"]]
-            self._json({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+            self.send_json({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
         elif self.path.endswith("/commit/main"):
             for line in body.splitlines():
                 one = json.loads(line)
                 if one["key"] == "file":
                     self.files[one["value"]["path"]] = base64.b64decode(one["value"]["content"])
-            self._json({"commitUrl": f"{self._address}/{REPO}/commit/{COMMIT}", "commitOid": COMMIT})
+            self.send_json({"commitUrl": f"{self._address}/{REPO}/commit/{COMMIT}", "commitOid": COMMIT})
         else:
-            self._json({}, 404)
+            self.send_json({}, 404)
 
-    def do_GET(self) -> None:
+    def get(self) -> None:
         if self.path.startswith(f"/api/models/{REPO}/revision/main"):
-            self._json({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]})
+            self.send_json({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]})
             return
         if self.path.startswith(f"/api/models/{REPO}/tree/{COMMIT}"):
-            rows = [{"type": "file", "path": n, "size": len(c), "oid": _sha(c)[:40]} for n, c in self.files.items()]
-            self._json(rows)
+            rows = [entry(name, content) for name, content in self.files.items()]
+            self.send_json(rows)
             return
         content = self.files.get(self.path.partition(f"/{REPO}/resolve/{COMMIT}/")[2])
         if content is None:
-            self._json({"error": "Repository not found"}, 404)
+            self.send_json({"error": "Repository not found"}, 404)
             return
-        self.send_response(200)
-        self.send_header("ETag", f'"{_sha(content)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    do_HEAD = do_GET  # noqa: N815 (the base class finds it by this name)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.send_file(content)
 
     @property
     def _address(self) -> str:
@@ -91,27 +76,12 @@ class Hub(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _json(self, value: Any, code: int = 200) -> None:
-        content = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-
-def _sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[tuple[str, dict[str, bytes]]]:
     files: dict[str, bytes] = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"files": files}))
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", files
-    server.shutdown()
+    with serving(type("OneHub", (Hub,), {"files": files})) as address:
+        yield address, files
 
 
 def python(code: str, address: str, home: Path) -> subprocess.CompletedProcess[str]:
