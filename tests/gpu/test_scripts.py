@@ -84,7 +84,7 @@ def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     """The checks that a GPU runs, with the emulated kernels."""
     assert main(["--emulated", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 5
+    assert len(lines) == 2 + 6
     assert all("| pass" in line for line in lines[2:])
 
 

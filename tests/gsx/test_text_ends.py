@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import gsx as api
 from gsx.torch_runtime import TorchRuntime
-from gsx_engines import generation
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.errors import BundleError
+from gsx_engines.generation.generate import Generated, generate
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
@@ -91,8 +91,8 @@ def test_a_text_ends_there_also_in_the_middle_of_a_draft(made: Model, length: in
 def test_it_ends_in_pytorch_and_beside_other_sequences(made: Model) -> None:
     runner = open_runner(made.bundle, backend=TorchRuntime("cpu"))
     other = made.ended[:3]  # goes on differently
-    found = generation.generate(runner, [PROMPT, other], max_new_tokens=NEW_TOKENS)
-    assert found.sequences[0] == generation.Generated(made.ended, "end-of-text")
+    found = generate(runner, [PROMPT, other], max_new_tokens=NEW_TOKENS)
+    assert found.sequences[0] == Generated(made.ended, "end-of-text")
 
 
 @pytest.mark.parametrize("speculative", [False, True])
