@@ -1,0 +1,103 @@
+"""A task to train an exit on: the catalogue entry of a program, as JSON, from what is said about it.
+
+Debian's package lists are the data: for each of some 20,000 programs, people wrote a description, a summary of one
+line, a section and tags of a closed vocabulary. The prompt is the description; the answer has the other three. It is
+the kind of work that drafts are good at, as LayerSkip's semantic parsing is (TOPv2, arXiv:2404.16710, table 3): part of
+an answer is copied, part is structure, and part has to be understood.
+
+    apt-get update -o Acquire::Languages=en
+    apt-cache pkgnames | sort | xargs apt-cache -o Acquire::Languages=en --no-all-versions show > packages.txt
+    python -m benchmarks.catalogue data packages.txt OUT      # OUT/train.jsonl, OUT/heldout.jsonl
+
+Packages of one source describe themselves alike: a source is either trained on or held out, and gives at most two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+TASK = "Write the catalogue entry of this program as JSON."
+# One source in 20 is held out; of each, at most so many packages.
+SHARES, MOST = 20, 2
+# A description has so many characters, an entry so many tags, each of which so many packages have.
+CHARACTERS, TAGS, COMMON = range(120, 700), range(3, 13), 20
+
+
+def stanzas(text: str) -> Iterator[dict[str, str]]:
+    """The fields of each package, lines that go on joined by line ends."""
+    for stanza in text.split("\n\n"):
+        fields = re.findall(r"^([A-Za-z0-9-]+):[ ]?(.*(?:\n[ \t].*)*)", stanza, re.MULTILINE)
+        if fields:
+            yield dict(fields)
+
+
+def prose(lines: str) -> str:
+    """A description without its line ends, which only wrap it: Debian writes an empty line as a point, and what is
+    indented further stays a line of its own."""
+    text = re.sub(r"\n \.(?=\n|$)", "\n\n", lines)
+    return re.sub(r"\n (?! )", " ", text).replace("\n  ", "\n").strip()
+
+
+def entry(fields: dict[str, str], known: set[str]) -> dict[str, list[dict[str, str]]] | None:
+    """The chat about one package; None if too little or too much is known of it."""
+    summary, _, body = fields.get("Description-en", "").partition("\n")
+    description = re.sub(r" *\n+ *", "\n", prose("\n" + body))
+    tags = [tag for tag in tags_of(fields) if tag in known]
+    if len(description) not in CHARACTERS or len(tags) not in TAGS or not (summary + description).isascii():
+        return None
+    answer = {"summary": summary.strip(), "section": fields["Section"], "tags": tags}
+    parts = (("system", TASK), ("user", description), ("assistant", json.dumps(answer)))
+    return {"messages": [{"role": role, "content": content} for role, content in parts]}
+
+
+def tags_of(fields: dict[str, str]) -> list[str]:
+    """A package's tags, in the order of the list."""
+    return re.findall(r"[^\s,]+", fields.get("Tag", ""))
+
+
+def is_held_out(source: str) -> bool:
+    """Whether a source is held out: by its name alone."""
+    return int.from_bytes(hashlib.sha256(source.encode()).digest()[:4], "big") % SHARES == 0
+
+
+def data(args: argparse.Namespace) -> None:
+    """Write the chats."""
+    packages = list(stanzas(args.packages.read_text(encoding="utf-8")))
+    counts = Counter(tag for fields in packages for tag in tags_of(fields))
+    known = {tag for tag, count in counts.items() if count >= COMMON}
+    rows: dict[bool, list[str]] = {False: [], True: []}
+    used: Counter[str] = Counter()
+    for fields in packages:
+        source = fields.get("Source", fields.get("Package", "")).split(" ")[0]
+        chat = entry(fields, known) if used[source] < MOST else None
+        if chat is not None:
+            used[source] += 1
+            rows[is_held_out(source)].append(json.dumps(chat))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for held_out, name in ((False, "train"), (True, "heldout")):
+        random.Random(0).shuffle(rows[held_out])
+        (args.out / f"{name}.jsonl").write_text("\n".join(rows[held_out]) + "\n", encoding="utf-8")
+        print(f"{name}: {len(rows[held_out]):,} packages")
+    print(f"{len(known)} tags")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("data", help="the chats, from Debian's package lists")
+    command.add_argument("packages", type=Path, help="what `apt-cache show` prints")
+    command.add_argument("out", type=Path)
+    command.set_defaults(run=data)
+    args = parser.parse_args(arguments)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
