@@ -1,13 +1,14 @@
 """A task to train an exit on: the catalogue entry of a program, as JSON, from what is said about it.
 
-Debian's package lists are the data: for each of some 20,000 programs, people wrote a description, a summary of one
+Debian's package lists are the data: for each of some 10,000 programs, people wrote a description, a summary of one
 line, a section and tags of a closed vocabulary. The prompt is the description; the answer has the other three. It is
 the kind of work that drafts are good at, as LayerSkip's semantic parsing is (TOPv2, arXiv:2404.16710, table 3): part of
 an answer is copied, part is structure, and part has to be understood.
 
     apt-get update -o Acquire::Languages=en
     apt-cache pkgnames | sort | xargs apt-cache -o Acquire::Languages=en --no-all-versions show > packages.txt
-    python -m benchmarks.catalogue data packages.txt OUT      # OUT/train.jsonl, OUT/heldout.jsonl
+    python -m benchmarks.catalogue data packages.txt OUT      # OUT/train.jsonl, OUT/heldout.jsonl, OUT/answers.txt
+    python -m benchmarks.catalogue quality BUNDLE OUT/heldout.jsonl     # how good the entries of a model are
 
 Packages of one source describe themselves alike: a source is either trained on or held out, and gives at most two.
 """
@@ -22,6 +23,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+from benchmarks.measure import Table
+from benchmarks.prompts import chat_prompts
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.generation.generate import generate
+from gsx_engines.runners.select import open_runner
+from gsx_engines.tokens import BundleTokenizer
 
 TASK = "Write the catalogue entry of this program as JSON."
 # One source in 20 is held out; of each, at most so many packages.
@@ -85,7 +93,31 @@ def data(args: argparse.Namespace) -> None:
         random.Random(0).shuffle(rows[held_out])
         (args.out / f"{name}.jsonl").write_text("\n".join(rows[held_out]) + "\n", encoding="utf-8")
         print(f"{name}: {len(rows[held_out]):,} packages")
+    answers = (json.loads(row)["messages"][-1]["content"] for row in rows[False])
+    (args.out / "answers.txt").write_text("\n".join(answers) + "\n", encoding="utf-8")
     print(f"{len(known)} tags")
+
+
+def quality(args: argparse.Namespace) -> None:
+    """Let a bundle write entries, greedily, and compare them with what people wrote."""
+    bundle = open_bundle(args.bundle)
+    tokenizer, runner = BundleTokenizer(bundle), open_runner(bundle, args.threads)
+    prompts, stops = chat_prompts(bundle, args.chats, args.prompts)
+    valid = sections = right = found = wanted = 0
+    for prompt, line in zip(prompts, args.chats.read_text(encoding="utf-8").splitlines(), strict=False):
+        answer = generate(runner, [prompt], max_new_tokens=args.new_tokens, stop_ids=stops).sequences[0]
+        want = json.loads(json.loads(line)["messages"][-1]["content"])
+        wanted += len(want["tags"])
+        try:
+            have = json.loads(tokenizer.decode([token for token in answer.tokens if token not in stops]))
+            tags = set(have["tags"])
+            sections += have["section"] == want["section"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        valid, found, right = valid + 1, found + len(tags), right + len(tags & set(want["tags"]))
+    table = Table("entries", "valid JSON", "right section", "tags, precision", "tags, recall")
+    shares = (valid / len(prompts), sections / len(prompts), right / max(found, 1), right / wanted)
+    table.row(len(prompts), *(f"{share:.1%}" for share in shares))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,6 +127,13 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("packages", type=Path, help="what `apt-cache show` prints")
     command.add_argument("out", type=Path)
     command.set_defaults(run=data)
+    command = commands.add_parser("quality", help="how good the entries of a model are")
+    command.add_argument("bundle", type=Path)
+    command.add_argument("chats", type=Path, help="heldout.jsonl of `data`")
+    command.add_argument("--prompts", type=int, default=100, help="(default: 100)")
+    command.add_argument("--new-tokens", type=int, default=200, help="at most (default: 200)")
+    command.add_argument("--threads", type=int, default=2, help="(default: 2)")
+    command.set_defaults(run=quality)
     args = parser.parse_args(arguments)
     args.run(args)
 

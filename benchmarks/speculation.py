@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import speculation_process
 from benchmarks.bundles import EXAMPLE, Workshop, exported
 from benchmarks.measure import Table, parse, parser, print_header
-from benchmarks.prompts import held_out_prompts
+from benchmarks.prompts import chat_prompts, held_out_prompts
 from gsx.benchmarking.rounds import repeated
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle
@@ -219,17 +219,21 @@ def vocabulary(args: Namespace) -> None:
         bundles.append(
             exported(args.work / f"{spec}-{count or 'all'}".replace(":", "_"), args.model, draft=spec, **text)
         )
-    prompts = held_out_prompts(args.model, args.prompts, PROMPT_TOKENS, args.text)
+    options: dict[str, Any] = {"max_new_tokens": args.new_tokens}
+    if args.chats is None:
+        prompts = held_out_prompts(args.model, args.prompts, PROMPT_TOKENS, args.text)
+        options["stop_ids"] = []
+    else:  # an answer has an end
+        prompts, options["stop_ids"] = chat_prompts(bundles[0], args.chats, args.prompts)
     plain = open_runner(bundles[0], args.threads)
     drafts = [open_draft(bundle, parse_draft(spec), args.threads) for bundle in bundles]
-    options: dict[str, Any] = {"stop_ids": [], "max_new_tokens": args.new_tokens}
     lines = Table(
         "tokens", "covered", "length", "right", "tokens/round", "draft step ms", "of the whole head's", "ratio"
     )
-    for length in args.lengths:
+    for length in (*args.lengths, None):
         order = iter([prompts[0], *prompts])  # the first one warms up
 
-        def one_round(order: Iterator[list[int]] = order, length: int = length) -> list[GenerationStats]:
+        def one_round(order: Iterator[list[int]] = order, length: int | None = length) -> list[GenerationStats]:
             prompt = next(order)
             runs = [generate(plain, [prompt], **options)]
             runs += [generate(one.runner, [prompt], draft=one, draft_length=length, **options) for one in drafts]
@@ -237,13 +241,13 @@ def vocabulary(args: Namespace) -> None:
             return [one.stats for one in runs]
 
         base, *found = map(Account.of, zip(*repeated(one_round, len(prompts)), strict=True))
-        steps = [one.draft / one.rounds / length for one in found]
+        steps = [one.draft / one.tried for one in found]
         for bundle, one, step in zip(bundles, found, steps, strict=True):
             chosen = bundle.manifest.draft.vocabulary if bundle.manifest.draft else None
             lines.row(
                 bundle.manifest.decoder.vocab_size if chosen is None else chosen.tokens,
                 None if chosen is None else f"{chosen.covered:.1%}",
-                length,
+                "adaptive" if length is None else length,
                 f"{one.right / max(one.tried, 1):.1%}",
                 f"{one.tokens / one.rounds:.2f}",
                 f"{1e3 * step:.2f}",
@@ -306,6 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--vocabularies", type=int, nargs="+", default=[128, 256], help="tokens (default: 128 256)")
     made.add_argument("--calibration", type=Path, help="text to choose them by (default: the one that ships with gsx)")
     made.add_argument("--text", type=Path, help="of the prompts in `vocabulary` (default: held-out Python files)")
+    made.add_argument("--chats", type=Path, help="in place of --text: JSON Lines, answered to their ends")
     made.add_argument("--shape", default="small", help="of the benchmark model, in `memory` (default: small)")
     args = parse(made, arguments)
     print_header(made, args, arguments)

@@ -17,6 +17,7 @@ SCRIPTS = (
     *(
         "adaptive",
         "branches",
+        "catalogue",
         "cpp_on_cpu",
         "decode",
         "descriptions",
@@ -126,7 +127,9 @@ def test_a_smaller_head_changes_no_token(
         )  # which other tests export too
     arguments = ["--model", str(tiny_gated), "--exits", "1", "--prompts", "2", "--vocabularies", "40"]
     speculation.main(["vocabulary", "--work", str(work), "--quick", "--threads", "1", *arguments])
-    assert [line[:3:2] for line in lines_of(capsys)] == [["259", "2"], ["40", "2"]]
+    assert [line[:3:2] for line in lines_of(capsys)] == [
+        [size, length] for length in ("2", "adaptive") for size in ("259", "40")
+    ]
 
 
 def test_drafts_of_fewer_loops_change_no_token(tmp_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
