@@ -228,7 +228,7 @@ def vocabulary(args: Namespace) -> None:
     plain = open_runner(bundles[0], args.threads)
     drafts = [open_draft(bundle, parse_draft(spec), args.threads) for bundle in bundles]
     lines = Table(
-        "tokens", "covered", "length", "right", "tokens/round", "draft step ms", "of the whole head's", "ratio"
+        "tokens", "covered", "length", "right", "tokens/round", "draft ms/round", "of the whole head's", "ratio"
     )
     for length in (*args.lengths, None):
         order = iter([prompts[0], *prompts])  # the first one warms up
@@ -241,8 +241,8 @@ def vocabulary(args: Namespace) -> None:
             return [one.stats for one in runs]
 
         base, *found = map(Account.of, zip(*repeated(one_round, len(prompts)), strict=True))
-        steps = [one.draft / one.tried for one in found]
-        for bundle, one, step in zip(bundles, found, steps, strict=True):
+        drafts_took = [one.draft / one.rounds for one in found]
+        for bundle, one, took in zip(bundles, found, drafts_took, strict=True):
             chosen = bundle.manifest.draft.vocabulary if bundle.manifest.draft else None
             lines.row(
                 bundle.manifest.decoder.vocab_size if chosen is None else chosen.tokens,
@@ -250,8 +250,8 @@ def vocabulary(args: Namespace) -> None:
                 "adaptive" if length is None else length,
                 f"{one.right / max(one.tried, 1):.1%}",
                 f"{one.tokens / one.rounds:.2f}",
-                f"{1e3 * step:.2f}",
-                f"{step / steps[0]:.2f}",
+                f"{1e3 * took:.2f}",
+                f"{took / drafts_took[0]:.2f}",
                 f"{one.speed / base.speed:.2f}",
             )
 
