@@ -35,6 +35,7 @@ SCRIPTS = (
         "openai_serving",
         "openai_soak",
         "own_texts",
+        "plans",
         "profile",
         "quantization",
         "real",

@@ -40,10 +40,12 @@ class _Rows:
 class _Write:
     """A cache that gets a call's columns.
 
-    Args: node: its TensorScatter; rows: what is written, by token; alone: whether nothing else reads that.
+    Args: node: its TensorScatter; layer: whose cache it is, in a looped model the visit; rows: what is written, by
+        token; alone: whether nothing else reads that.
     """
 
     node: onnx.NodeProto
+    layer: int
     rows: str
     alone: bool
 
@@ -86,7 +88,7 @@ def _step_attention(graph: Graph, task: Task, node: onnx.NodeProto, written: set
         query, key, value, mask = graph.expect_inputs(node, 4)
     else:
         return None
-    writes = [_write(graph, name, node) for name in (key, value)]
+    writes = [_write(graph, task, *one, node) for one in ((key, "key"), (value, "value"))]
     keys, values = writes
     if keys is None or values is None:
         return None
@@ -97,7 +99,7 @@ def _step_attention(graph: Graph, task: Task, node: onnx.NodeProto, written: set
     return _nodes(graph, task, node, (turned, new), (keys, values), mask, decision)
 
 
-def _write(graph: Graph, cache: str, reader: onnx.NodeProto) -> _Write | None:
+def _write(graph: Graph, task: Task, cache: str, kind: str, reader: onnx.NodeProto) -> _Write | None:
     """How a cache is written that only this attention reads; None if in another way, or if others read the buffer."""
     node = graph.producer(cache)
     if node is None or node.op_type != "TensorScatter" or list(graph.users(cache)) != [reader]:
@@ -108,8 +110,9 @@ def _write(graph: Graph, cache: str, reader: onnx.NodeProto) -> _Write | None:
     heads_first = graph.producer(node.input[1])
     if heads_first is None or heads_first.op_type != "Transpose" or list(heads_first.attribute[0].ints) != _HEADS_FIRST:
         return None
+    layers = {task.shape.present_of(layer, kind): layer for layer in task.shape.left_caches}
     new = node.input[1]
-    return _Write(node, heads_first.input[0], len(graph.users(new)) == 1 and new not in graph.output_names)
+    return _Write(node, layers[cache], heads_first.input[0], len(graph.users(new)) == 1 and new not in graph.output_names)
 
 
 def _before_rope(graph: Graph, task: Task, name: str) -> _Rows:
@@ -166,7 +169,6 @@ def _nodes(
     else:
         flat += [by_row(table, called, query.half) for table, called in zip(query.tables, ("cos", "sin"), strict=True)]
     flat += [mask, WRITE_AT, keys.node.input[0], values.node.input[0]]
-    layer = int(keys.node.output[0].split(".")[1])
     whole = replaced.op_type == "FullAttention"
     rows_out = f"{name}rows" if whole else out
     nodes.append(
@@ -178,7 +180,7 @@ def _nodes(
             rotate_key=float(key.tables is not None),
             scale=number(replaced, "scale"),
             softcap=number(replaced, "softcap"),
-            window=float(shape.windows[layer] or 0),
+            window=float(shape.windows[keys.layer] or 0),
         )
     )
     if whole:
