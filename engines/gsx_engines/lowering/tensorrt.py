@@ -60,6 +60,7 @@ from gsx_engines.lowering.for_tensorrt.inputs import (
 )
 from gsx_engines.lowering.for_tensorrt.likeliest import offer_likeliest
 from gsx_engines.lowering.for_tensorrt.predicated import predicate_branches
+from gsx_engines.lowering.for_tensorrt.scalar_gates import sum_scalar_gates
 from gsx_engines.lowering.for_tensorrt.shared_weights import join_shared_weights
 from gsx_engines.lowering.for_tensorrt.step_attention import attend_in_steps
 from gsx_engines.lowering.for_tensorrt.task import Form, Task
@@ -83,6 +84,7 @@ PASSES: tuple[Pass[Task], ...] = (
     attend_in_steps,
     predicate_branches,
     multiply_gates,
+    sum_scalar_gates,
     attend_kept_rows,
     attend,
     rotate_by_head,
