@@ -23,7 +23,8 @@ from gsx_engines.building.build import build
 from gsx_engines.bundle.bundle import Bundle
 
 CAPACITY = 1024
-WIDTHS = {"quarter": "8b-quarter", "full": "8b-width"}
+# `thin` is the full width but for the MLP, small enough for a test.
+WIDTHS = {"quarter": "8b-quarter", "thin": "8b-thin", "full": "8b-width"}
 # Model -> kind of its gates, and options of its export.
 MODELS: dict[str, tuple[str | None, Mapping[str, Any]]] = {
     "dense": (None, {}),

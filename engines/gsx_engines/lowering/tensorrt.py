@@ -24,9 +24,10 @@ With K and V in place, which is what gsx runs, the form differs from the portabl
 
 The passes are in `for_tensorrt/`.
 
-In a step, for calls of one size, all sizes are numbers: the window is the whole buffer, and all tokens get logits. With
-the plugin library, products of branches and attention are plugins (`predicated.py`, `step_attention.py`). The
-likeliest tokens are outputs of their own (`likely_ids`, `likely_logits`, `likely_total`).
+In a step, for calls of one size, all sizes are numbers: the window is the whole buffer, and all tokens get logits. The
+product of a scalar gate is a sum. With the plugin library, products of branches and attention are plugins
+(`predicated.py`, `step_attention.py`). The likeliest tokens are outputs of their own (`likely_ids`, `likely_logits`,
+`likely_total`).
 
 With K and V that grow, for other programs, the first five do not apply: the engine has the portable graph's inputs and
 outputs, `past_key_values.*` and `present.*` with the call's columns after it.
