@@ -49,6 +49,31 @@ SHAPES = {
         "intermediate_size": 5632,
         "vocab_size": 32000,
     },
+    # Two layers of Llama-3-8B, but for its vocabulary; with a thin MLP; and of a quarter of its width.
+    "8b-width": {
+        "num_hidden_layers": 2,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 4096,
+    },
+    "8b-thin": {
+        "num_hidden_layers": 2,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 1024,
+        "vocab_size": 4096,
+    },
+    "8b-quarter": {
+        "num_hidden_layers": 2,
+        "hidden_size": 1024,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 3584,
+        "vocab_size": 4096,
+    },
 }
 WORDS_OF_TEXT = 6000
 POSITIONS = 2048

@@ -80,7 +80,7 @@ FORMS = (
     Form("gates, step, FP8", 11, 9, weights=1.0, attends=True),
     Form("vector gates, step", 12, 7, gates=BYTES, attends=True),
     Form("set of layers", 14, 2, copies=1),
-    Form("set of layers, step", 12, 4),
+    Form("set of layers, step", 12, 5, attends=True),
 )
 # Forms of attention that are gsx's kernel.
 OWN_FORMS = ("predicated", "plugin")

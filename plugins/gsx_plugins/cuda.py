@@ -72,6 +72,7 @@ _SIZES = (
     "width",
     "rotated",
     "thresholds",
+    "queries",
     "window",
     "new_stride",
 )
@@ -96,7 +97,8 @@ class StepAttention:
     """What the attention of a step reads, as `step_attention/kernel.h` says; N rows are B sequences of S tokens.
 
     Args:
-        query: [N, heads x D]; key, value: [N, K/V heads x D], with rows equally far apart.
+        query: [N, heads x D], or [0, heads x D] to write keys and values alone.
+        key, value: [N, K/V heads x D], with rows equally far apart.
         mask: [B, 1, S, T] bool.
         write_at: [B] int64.
         tables: cosines and sines [N, rotated / 2] by which queries and keys are turned; None: neither.
@@ -271,6 +273,7 @@ class Kernels:
             *sizes,
             0 if of.tables is None else 2 * of.tables[0].shape[1],
             0 if of.threshold is None else of.threshold.numel(),
+            len(of.query),
             of.window,
             of.key.stride(0),
             needed,

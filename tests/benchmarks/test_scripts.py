@@ -36,6 +36,7 @@ SCRIPTS = (
         "openai_serving",
         "openai_soak",
         "own_texts",
+        "plans",
         "profile",
         "quantization",
         "real",

@@ -54,6 +54,12 @@ def _spelled(graph: Graph, node: onnx.NodeProto, shape: DecoderShape) -> list[on
         part = {"rotary_embedding_dim": width} if width < shape.head_dim else {}
         return add("RotaryEmbedding", [first, *tables], f"{called}.turned", **part)
 
+    # The queries of no token or of all, with zeros where there are none.
+    count = add("Shape", [query], "count", end=1)
+    rows, queried = sizes(batch * tokens), sizes(batch * tokens, shape.num_heads * shape.head_dim)
+    zeros = add("Expand", [add("CastLike", [sizes(0), query], "zero"), queried], "zeros")
+    padded = add("Concat", [query, zeros], "padded", axis=0)
+    query = add("Slice", [padded, sizes(0), rows, sizes(0)], "every")
     queries = by_head(query, shape.num_heads, "query", number(node, "rotate_query") != 0)
     for rows, past, present, turned in (
         (key, past_key, present_key, number(node, "rotate_key") != 0),
@@ -66,7 +72,8 @@ def _spelled(graph: Graph, node: onnx.NodeProto, shape: DecoderShape) -> list[on
     tokens_first = add("Transpose", [attended], "tokens_first", perm=[0, 2, 1, 3])
     flat = sizes(batch * tokens, shape.num_heads * shape.head_dim)
     if node.op_type == "StepAttention":
-        return [*nodes, make_node("Reshape", [tokens_first, flat], out)]
+        every = add("Reshape", [tokens_first, flat], "rows")
+        return [*nodes, make_node("Slice", [every, sizes(0), count, sizes(0)], out)]
     rows = add("Reshape", [tokens_first, flat], "rows")
     keeps = add("Greater", list(node.input[8:]), "keeps")
     column = add("Unsqueeze", [keeps, sizes(-1)], "column")

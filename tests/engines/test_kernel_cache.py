@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gsx_engines.tensorrt.kernel_cache import attach, kernel_cache_path, load, save
 from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
-from gsx_engines.tensorrt.rtx import why_refused
+from gsx_engines.tensorrt.rtx import runtime_config, why_refused
 
 SHA256 = "ab" * 32
 
@@ -112,6 +114,21 @@ def test_tensorrt_rtx_has_these_calls() -> None:
     assert "runtime_config:" in rtx.ICudaEngine.create_execution_context.__doc__
     assert isinstance(rtx.IRuntimeConfig.cuda_graph_strategy, property)
     assert rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+
+
+@pytest.mark.parametrize("fixed_rows", [True, False])
+def test_nothing_is_compiled_for_rows_that_the_gpu_counts(fixed_rows: bool) -> None:
+    preload_tensorrt_rtx()
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
+    made = SimpleNamespace(dynamic_shapes_kernel_specialization_strategy="as TensorRT-RTX has it", memory=[])
+    made.set_execution_context_allocation_strategy = made.memory.append
+    engine = SimpleNamespace(create_runtime_config=lambda: made, num_io_tensors=0)
+    options: dict[str, Any] = {"cuda_graphs": fixed_rows, "fixed_rows": fixed_rows}
+    assert runtime_config(rtx, engine, kernels=None, owner=Owner(), **options) is made
+    none = rtx.DynamicShapesKernelSpecializationStrategy.NONE
+    assert (made.dynamic_shapes_kernel_specialization_strategy == none) is not fixed_rows
+    assert isinstance(rtx.IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy, property)
+    assert made.memory == [rtx.ExecutionContextAllocationStrategy.USER_MANAGED]
 
 
 def test_tensorrt_rtx_says_why_it_refuses() -> None:

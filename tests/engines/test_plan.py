@@ -1,7 +1,7 @@
 """What calls of engines launch, wait for and copy, counted on plans that TensorRT-RTX builds without a GPU.
 
-The models have 2 layers, heads of 128 and the proportions of an 8B model at a quarter of its width; random weights.
-TensorRT-RTX 1.7.1 made the same plans of the full width, by kinds of steps (2026-11-30).
+The models are those of `benchmarks/plans.py`: 2 layers, heads of 128 and the proportions of an 8B model at a quarter of
+its width; random weights. `python -m benchmarks.plans` counts the same forms at the full width.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.model import SHAPES, make_large, random_text
+from benchmarks.plans import CAPACITY, plan_of, wide_bundle
 from gsx.workflows.export import export
-from gsx.workflows.inspect import EnginePlan, inspect
-from gsx.workflows.quantize import Quantize
+from gsx.workflows.inspect import inspect
 from gsx_engines.building.build import build
 from gsx_engines.building.plan import PlanCounts, count, plan_file, steps_of
 from gsx_engines.bundle.bundle import Bundle, open_bundle
@@ -29,15 +28,6 @@ from tests.conftest import MakeOnce
 from tests.engines.built import needs_plugins
 from tests.tiny import tiny_checkpoint
 
-SHAPE = {
-    "num_hidden_layers": 2,
-    "hidden_size": 1024,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "intermediate_size": 3584,
-    "vocab_size": 4096,
-}
-CAPACITY = 1024
 # Kernels before the first layer's own and after the last one's: thresholds and masks, RoPE's tables; final norm, head,
 # and counts; the likeliest tokens, and the sum over all.
 OUTSIDE = 7
@@ -50,30 +40,8 @@ LLAMA = 22
 
 @pytest.fixture(scope="module")
 def wide(make_once: MakeOnce) -> Callable[[str], Bundle]:
-    """A bundle with 2 layers: `gates` (scalar), these with weights of a scheme, `vector gates`, `sets` of layers or
-    `dense`."""
-
-    def make(path: Path, kind: str) -> None:
-        SHAPES["quarter"] = SHAPE
-        scheme = {"gates, int8-weights": "int8-weights", "gates, fp8": "fp8"}.get(kind)
-        gate = "vector" if kind == "vector gates" else "scalar" if kind.startswith("gates") else None
-        model = make_large(path.with_suffix(".model"), "quarter", gate)
-        text = random_text(path.with_suffix(".txt"), SHAPE["vocab_size"], words=800)
-        options: dict[str, Any] = (
-            {"budget": 0.5, "calibration": text, "calibration_tokens": 256} if gate is not None else {}
-        )
-        if scheme is not None:
-            options["quantize"] = Quantize(scheme, ("none",))
-        export(model, path, precision="fp16", policy="layers" if kind == "sets" else None, **options)
-
-    return lambda kind: open_bundle(make_once(f"wide-{kind}", lambda path: make(path, kind)))
-
-
-def plan_of(bundle: Bundle, **options: Any) -> EnginePlan:
-    """The plan of engines that are built for a step or, without one, for single tokens."""
-    profiles = () if "step" in options else ("decode:1",)
-    name, _ = build(bundle, targets=["8.9"], context=CAPACITY, profiles=profiles, **options)
-    return next(plan for plan in inspect(bundle.directory, plan=True).plans or () if plan.engines == name)
+    """One of the models of `benchmarks.plans`, at a quarter of an 8B model's width."""
+    return lambda model: open_bundle(make_once(f"wide-{model}", lambda path: wide_bundle(path, model)))
 
 
 def test_a_step_of_a_dense_model(wide: Callable[[str], Bundle]) -> None:
@@ -95,6 +63,15 @@ def test_a_step_that_skips(wide: Callable[[str], Bundle]) -> None:
         assert plan.total == PlanCounts(kernels=plan.total.kernels)
         assert plan.capturable
         assert plan.total.kernels <= 2 * GATES + OUTSIDE
+
+
+@pytest.mark.slow
+def test_a_step_of_several_tokens_at_an_8b_model_s_width(make_once: MakeOnce) -> None:
+    """There TensorRT would make a matrix product of each scalar gate, with a kernel before it and one behind."""
+    bundle = open_bundle(make_once("thin-gates", lambda path: wide_bundle(path, "gates", "thin")))
+    plan = plan_of(bundle, step=3, plugins="none")
+    assert plan.total == PlanCounts(kernels=plan.total.kernels)
+    assert plan.total.kernels <= 25
 
 
 @pytest.mark.parametrize(("scheme", "layer"), [("int8-weights", 9), ("fp8", 11)])
@@ -128,14 +105,17 @@ def test_what_it_takes_the_place_of(wide: Callable[[str], Bundle]) -> None:
     assert all(plan.layers[layer].host_syncs == 2 for layer in ("0", "1"))
 
 
-@pytest.mark.parametrize("step", [None, 1])
-def test_sets_of_layers_ask_the_gpu_for_nothing(wide: Callable[[str], Bundle], step: int | None) -> None:
-    plan = plan_of(wide("sets"), **({} if step is None else {"step": step}), plugins="none")
+@pytest.mark.parametrize(("step", "plugins"), [(None, "none"), (1, "none"), (1, "auto")])
+def test_sets_of_layers_ask_the_gpu_for_nothing(wide: Callable[[str], Bundle], step: int | None, plugins: str) -> None:
+    """With the attention of a step as a plugin, RoPE's tables are a kernel of their own."""
+    if plugins == "auto":
+        needs_plugins()
+    plan = plan_of(wide("set of layers"), **({} if step is None else {"step": step}), plugins=plugins)
     assert plan.capturable
     assert (plan.total.host_syncs, plan.total.to_host, plan.total.to_device) == (0, 0, 0)
     assert plan.total.shape_calls == 1, "which sizes are empty, once for a call"
     assert plan.total.window_copies == (4 if step is None else 0)
-    assert plan.total.kernels <= (30 if step is None else 28)
+    assert plan.total.kernels <= (30 if step is None else 28 if plugins == "none" else 29)
 
 
 # Kernels of a step of one token that a family has more than Llama, by layer and once for a call, and why.

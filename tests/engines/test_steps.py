@@ -37,6 +37,7 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "sets": {"policy": "layers:0,2", "budget": None, "calibration": None},
     "copied K and V": {"kv_policy": "copy", "budget": 0.5},
     "16 bits": {"precision": "bf16"},
+    "sets in 16 bits": {"policy": "layers:0,2", "budget": None, "calibration": None, "precision": "bf16"},
     "16 bits, copied K and V": {"kv_policy": "copy", "budget": 0.5, "precision": "bf16"},
 }
 
@@ -132,6 +133,18 @@ def test_other_families(tmp_path: Path, tiny_text: Path, family: str) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", family, gate=GateConfig("scalar", "post_norm"), tokenizer=True)
     export(checkpoint, tmp_path / "out", budget=0.6, calibration=tiny_text)
     bundle = open_bundle(tmp_path / "out")
+    stays_equal(bundle, STEP_OPS)
+
+
+def test_scalar_gates_are_sums(tmp_path: Path, tiny_text: Path) -> None:
+    """In steps alone: of many tokens a kernel for matrices reads their weights less often."""
+    checkpoint = tiny_checkpoint(tmp_path / "model", gate=GateConfig("scalar", "post_norm"), tokenizer=True)
+    export(checkpoint, tmp_path / "out", precision="bf16", budget=0.6, calibration=tiny_text)
+    bundle = open_bundle(tmp_path / "out")
+    for plugins in ((), STEP_OPS):
+        assert not [name for name in products(lowered(bundle, 3, plugins)) if "gate.linear" in name]
+    model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
+    assert lower(model, bundle.manifest, capacity=CAPACITY, rows=64, plugins=()).counts["sum_scalar_gates"] == 0
     stays_equal(bundle, STEP_OPS)
 
 
@@ -234,6 +247,27 @@ def stays_equal(
         np.testing.assert_allclose(found.logits, want.logits, atol=atol)
         np.testing.assert_array_equal(found.kept, want.kept)
     assert [len(engine.calls) for engine in steps] == [4, 4]
+
+
+def test_attention_of_sets(make_tiny_bundle: Callable[..., Path]) -> None:
+    """The plugin attends for the rows that the host decided on; else TensorRT for all of them."""
+    bundle = open_bundle(make_tiny_bundle(**BUNDLES["sets in 16 bits"]))
+    for plugins, form, op in ((STEP_OPS, "plugin", "StepAttention"), ((), "all", "Attention")):
+        made = lowered(bundle, 3, plugins)
+        ops = Counter(node.op_type for node in made.model.graph.node)
+        assert made.forms["GatheredAttention"] == form
+        assert ops[op] == bundle.manifest.decoder.num_layers
+        assert bool(ops["TensorScatter"]) is (form == "all")
+
+
+def test_attention_of_loops(tmp_path: Path) -> None:
+    """Visits that may not run attend as sets of layers do; each has the cache and the window of its own number."""
+    export(tiny_checkpoint(tmp_path / "model", "ouro", layers=2, tokenizer=True), tmp_path / "out", precision="bf16")
+    bundle = open_bundle(tmp_path / "out")
+    made = lowered(bundle, 2, STEP_OPS)
+    attentions = [node for node in made.model.graph.node if node.op_type == "StepAttention"]
+    assert len({node.output[1] for node in attentions}) == len(attentions) == bundle.manifest.decoder.num_layers
+    stays_equal(bundle, STEP_OPS)
 
 
 @pytest.mark.parametrize("options", [{}, {"policy": "layers:0,2"}], ids=["dense", "sets of layers"])

@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
 from gsx_engines.building.build import joined_bytes, weight_bytes, widened_weights
+from gsx_engines.building.layer_information import UNKNOWN
 from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
@@ -143,6 +144,7 @@ def test_codes_are_joined_too(tmp_path: Path, kv_policy: KvPolicy, monkeypatch: 
     types = dict.fromkeys(products, "int8") | {wide: "float16"}
     projections = ["k_proj", "v_proj"] if kv_policy == "compute" else ["q_proj", "k_proj", "v_proj"]
     assert [name.split(".")[3] for name in widened_weights(found, types)] == projections, "names of the bundle"
+    assert not widened_weights(found, types | {wide: UNKNOWN}), "a builder that does not say is no sign of it"
     logits = []
     for passes in (tensorrt.PASSES, [one for one in tensorrt.PASSES if one is not join_shared_weights]):
         monkeypatch.setattr(tensorrt, "PASSES", passes)

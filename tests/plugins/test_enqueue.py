@@ -187,6 +187,21 @@ def test_attention_of_a_step(tensorrt: ctypes.CDLL, dtype: torch.dtype, skips: b
         cases.assert_same_bits(found, cache, "cache")
 
 
+def test_attention_without_queries(tensorrt: ctypes.CDLL) -> None:
+    """Where the host decided that nobody attends, the cache gets the same as where somebody does."""
+    one = case(Sizes((50,), tokens=2), 0b11, torch.float16, skips=False)
+    of = one.of
+    assert of.tables is not None
+    before = [cache.clone() for cache in one.past]
+    operands = [torch.cat([of.key, of.value], 1), *of.tables, of.mask, of.write_at]
+    for query, past in ((of.query, before), (of.query[:0], one.past)):
+        out = torch.full_like(query, 7.0)
+        tensors = [query, *operands, *past]
+        assert enqueue(tensorrt, "StepAttention", tensors, [out, *past], (1.0, 1.0, 0.0, 0.0, 0.0)) == 0
+    for found, wanted in zip(one.past, before, strict=True):
+        cases.assert_same_bits(found, wanted, "cache")
+
+
 def test_refused_attention(tensorrt: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:
     one = case(Sizes((50,)), 1, torch.float16, skips=False)
     of = one.of

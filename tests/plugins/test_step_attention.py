@@ -228,6 +228,18 @@ def test_all_decisions(kernels: cases.GuardedKernels, tokens: int) -> None:
     check(case(sizes, 0, torch.float16, skips=False), kernels)
 
 
+@pytest.mark.parametrize("kind", ["one token", "heads of 128", "a draft", "a small cache"])
+def test_nobody_attends(kernels: cases.GuardedKernels, kind: str) -> None:
+    """Without queries the cache gets the step's keys and values, and not a column is read."""
+    one = case(SIZES[kind], 0, torch.float16, skips=False)
+    present = (one.past[0].clone(), one.past[1].clone())
+    counters = torch.zeros(COUNTERS, dtype=torch.int32)
+    assert len(kernels.step_attention(replace(one.of, query=one.of.query[:0]), present, counters=counters)) == 0
+    kernels.verify()
+    check_cache(one, present)
+    assert not counters.any()
+
+
 def test_rows_that_see_nothing(kernels: cases.GuardedKernels) -> None:
     one = case(Sizes((90,), tokens=2), 0b11, torch.float16)
     one.of.mask[0, 0, 1] = False
@@ -371,6 +383,7 @@ REFUSED: dict[str, tuple[Callable[[StepAttention], StepAttention], str]] = {
         lambda of: replace(of, query=cases.matrix(2, 256, torch.float16, "cpu", 1, 4)),
         "not aligned",
     ),
+    "fewer queries than tokens": (lambda of: replace(of, query=of.query[:1]), "sizes do not fit"),
     "a window below 0": (lambda of: replace(of, window=-1), "sizes do not fit"),
     "too many rows": (
         lambda of: replace(of, mask=torch.zeros(1, 1, 9, 200, dtype=torch.bool)),

@@ -24,9 +24,10 @@ With K and V in place, which is what gsx runs, the form differs from the portabl
 
 The passes are in `for_tensorrt/`.
 
-In a step, for calls of one size, all sizes are numbers: the window is the whole buffer, and all tokens get logits. With
-the plugin library, products of branches and attention are plugins (`predicated.py`, `step_attention.py`). The
-likeliest tokens are outputs of their own (`likely_ids`, `likely_logits`, `likely_total`).
+In a step, for calls of one size, all sizes are numbers: the window is the whole buffer, and all tokens get logits. The
+product of a scalar gate is a sum. With the plugin library, products of branches and attention are plugins
+(`predicated.py`, `step_attention.py`). The likeliest tokens are outputs of their own (`likely_ids`, `likely_logits`,
+`likely_total`).
 
 With K and V that grow, for other programs, the first five do not apply: the engine has the portable graph's inputs and
 outputs, `past_key_values.*` and `present.*` with the call's columns after it.
@@ -60,6 +61,7 @@ from gsx_engines.lowering.for_tensorrt.inputs import (
 )
 from gsx_engines.lowering.for_tensorrt.likeliest import offer_likeliest
 from gsx_engines.lowering.for_tensorrt.predicated import predicate_branches
+from gsx_engines.lowering.for_tensorrt.scalar_gates import sum_scalar_gates
 from gsx_engines.lowering.for_tensorrt.shared_weights import join_shared_weights
 from gsx_engines.lowering.for_tensorrt.step_attention import attend_in_steps
 from gsx_engines.lowering.for_tensorrt.task import Form, Task
@@ -83,6 +85,7 @@ PASSES: tuple[Pass[Task], ...] = (
     attend_in_steps,
     predicate_branches,
     multiply_gates,
+    sum_scalar_gates,
     attend_kept_rows,
     attend,
     rotate_by_head,

@@ -30,7 +30,7 @@ constexpr int kTile = kThreads / LANES * kColumnsInFlight<ROWS>;
 
 template <typename T>
 struct Attention {
-    const T *query, *key, *value, *cos, *sin;
+    const T *query, *key, *value, *cos, *sin;  // query null: nobody attends
     const float *score, *threshold;  // score null: all rows are kept
     const uint8_t* mask;
     const int64_t* writeAt;
@@ -289,6 +289,7 @@ __global__ void __launch_bounds__(kThreads, 2) attendStep(Attention<T> of) {
         }
     }
 
+    if (of.query == nullptr) return;
     __shared__ Chunk<ROWS> rows;
     layOut(of, sequence, kvHead, chunk * ROWS, rows);
     unsigned kept = 0;

@@ -58,6 +58,7 @@ gsx_status checkSizes(const gsx_attention& of) {
     if (of.sequences > GSX_MOST_ATTENTION_ROWS || of.tokens > GSX_MOST_ATTENTION_ROWS) return GSX_TOO_LARGE;
     const int64_t rows = of.sequences * of.tokens;
     if (rows > GSX_MOST_ATTENTION_ROWS || of.columns > GSX_MAX_TOKENS) return GSX_TOO_LARGE;
+    if (of.queries != rows && of.queries != 0) return GSX_BAD_SIZE;
     if (of.score != nullptr && of.thresholds != 1 && of.thresholds != rows) return GSX_BAD_SIZE;
     return firstFailure({checkRow(of.heads * of.width, of.type), checkRow(of.new_stride, of.type)});
 }
@@ -82,7 +83,7 @@ gsx_status gsx_step_attention(const gsx_attention* given, cudaStream_t stream) {
     const Plan plan = planOf(of.sequences, of.tokens, of.heads, of.kv_heads, of.columns, of.width);
     if (plan.groups > GSX_ATTENTION_COUNTERS) return GSX_TOO_LARGE;
     const gsx_status refused = firstFailure({
-        checkBuffer(of.query, rows, kVectorBytes),
+        checkBuffer(of.query, of.queries, kVectorBytes),
         checkBuffer(of.key, rows, kVectorBytes),
         checkBuffer(of.value, rows, kVectorBytes),
         checkBuffer(of.cos, turned, kVectorBytes),
@@ -95,7 +96,7 @@ gsx_status gsx_step_attention(const gsx_attention* given, cudaStream_t stream) {
         checkBuffer(of.past_value, rows, kVectorBytes),
         checkBuffer(of.present_key, rows, kVectorBytes),
         checkBuffer(of.present_value, rows, kVectorBytes),
-        checkBuffer(of.out, rows, kVectorBytes),
+        checkBuffer(of.out, of.queries, kVectorBytes),
         checkWorkspace(of.workspace, static_cast<size_t>(std::max<int64_t>(of.workspace_bytes, 0)),
                        static_cast<size_t>(scratchOf(plan, of.width).bytes)),
     });

@@ -6,7 +6,8 @@
  * and values are written, whatever is skipped.
  *
  * A row n is kept if its score exceeds its threshold; `thresholds` is 1, one for all rows, or N. A NaN score is not kept.
- * Rows that are not kept are not written. With a null score all rows are kept.
+ * Rows that are not kept are not written. With a null score all rows are kept. Where the host knows that the whole step skips
+ * the branch, there are no queries at all: then the call only writes keys and values.
  *
  * Token s of sequence b sees column t if mask[b, s, t], t < write_at[b] + S, and with a window t > write_at[b] + s - window
  * (a token that is not the first may see fewer columns by its mask). A kept row that sees nothing is 0. Scores are
@@ -59,6 +60,7 @@ typedef struct {
     void* workspace;          /* gsx_step_attention_workspace */
     uint32_t* counters;
     int64_t sequences, tokens, heads, kv_heads, columns, width, rotated, thresholds;
+    int64_t queries;          /* N, or 0 */
     int64_t window;           /* 0: none */
     int64_t new_stride;       /* at least kv_heads x D, and a multiple of 8: both may be in one memory, side by side */
     int64_t workspace_bytes;

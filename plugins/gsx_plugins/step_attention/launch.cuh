@@ -31,7 +31,7 @@ gsx_status launchAttention(const gsx_attention& given, const Plan& plan, const S
     constexpr double kLog2OfE = 1.4426950408889634;
     auto* const memory = static_cast<char*>(given.workspace);
     Attention<T> of{};
-    of.query = static_cast<const T*>(given.query);
+    of.query = given.queries != 0 ? static_cast<const T*>(given.query) : nullptr;
     of.key = static_cast<const T*>(given.key);
     of.value = static_cast<const T*>(given.value);
     of.cos = static_cast<const T*>(given.cos);

@@ -31,7 +31,8 @@ gsx_status run(Call const& call) {
     of.width = call.size(kPastKey, 3);
     if (of.width < 1 || call.size(kQuery, 1) % of.width != 0) return GSX_BAD_SIZE;
     of.heads = call.size(kQuery, 1) / of.width;
-    if (call.size(kQuery, 0) != of.sequences * of.tokens) return GSX_BAD_SIZE;
+    if (call.size(kNew, 0) != of.sequences * of.tokens) return GSX_BAD_SIZE;
+    of.queries = call.size(kQuery, 0);
     of.new_stride = call.size(kNew, 1);
     int64_t const keys = of.kv_heads * of.width;
     if (of.new_stride != 2 * keys) return GSX_BAD_SIZE;
@@ -69,7 +70,7 @@ gsx_status run(Call const& call) {
 }
 
 constexpr Tensor kTensors[] = {
-    {"query", Element::kRow, "NQ"},
+    {"query", Element::kRow, "MQ"},  // M is N, or 0: then nobody attends
     {"new", Element::kRow, "NK"},  // keys, then values: TensorRT makes them as one product
     {"cos", Element::kRow, "NR"},
     {"sin", Element::kRow, "NR"},
@@ -81,7 +82,7 @@ constexpr Tensor kTensors[] = {
     {"threshold", Element::kScore, "N", true},
 };
 constexpr Tensor kOutputs[] = {
-    {"out", Element::kRow, "NQ"},
+    {"out", Element::kRow, "MQ"},
     {"present_key", Element::kRow, "BJTD"},
     {"present_value", Element::kRow, "BJTD"},
 };

@@ -25,6 +25,7 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
     rows of several sequences do not form a rectangle [B, K], which Attention needs; nobody promises that it takes a
     query without rows, which a skipped branch of one token would be; and one mask for all layers is prepared once,
     where masks of kept rows cost 7 kernels and a copy to the GPU in each layer (plans of TensorRT-RTX 1.7.1).
+    Where the host decided, the kept rows are the first ones: `_attend_first_rows`.
     """
 
     def attend(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -33,6 +34,8 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
         query, index, key, value, mask = graph.expect_inputs(node, 5)
         name, out = f"{node.name}.", node.output[0]
         task.forms[node.op_type] = "all"
+        if index in task.whole_rows:
+            return _attend_first_rows(graph, task, node, task.whole_rows[index])
         flat = graph.add_constant("lowered.flat_rows", [-1, task.width])
         width = graph.add_constant("lowered.width", [task.width])
         every_row = index in task.masks
@@ -66,6 +69,32 @@ def _at_their_positions(graph: Graph, task: Task, rows: str, index: str, name: s
         make_node("Expand", [empty, f"{name}flat_shape"], f"{name}empty"),
         make_node("Unsqueeze", [index, last], f"{name}place"),
         make_node("ScatterND", [f"{name}empty", f"{name}place", rows], f"{name}full"),
+    ]
+
+
+def _attend_first_rows(graph: Graph, task: Task, node: onnx.NodeProto, n: str) -> list[onnx.NodeProto]:
+    """Attention of all rows, of which the first n are read.
+
+    query -> Concat(query, zeros) -> [B, S, ..] -> Attention -> (as rows) -> [:n] -> out
+    """
+    query, _, key, value, mask = graph.expect_inputs(node, 5)
+    out, name = node.output[0], f"{node.name}."
+    zero = graph.add_constant("lowered.empty", np.zeros(1, helper.tensor_dtype_to_np_dtype(task.float_type)))
+    width = graph.add_constant("lowered.width", [task.width])
+    flat = graph.add_constant("lowered.flat_rows", [-1, task.width])
+    first, axis = graph.add_constant("lowered.first", [0]), graph.add_constant("lowered.only_axis_0", [0])
+    return [
+        make_node("Shape", ["input_ids"], f"{name}outer"),
+        make_node("ReduceProd", [f"{name}outer"], f"{name}tokens", keepdims=1),
+        make_node("Sub", [f"{name}tokens", n], f"{name}left"),
+        make_node("Concat", [f"{name}left", width], f"{name}left_shape", axis=0),
+        make_node("Expand", [zero, f"{name}left_shape"], f"{name}zeros"),
+        make_node("Concat", [query, f"{name}zeros"], f"{name}full", axis=0),
+        make_node("Concat", [f"{name}outer", width], f"{name}shape", axis=0),
+        make_node("Reshape", [f"{name}full", f"{name}shape"], f"{name}by_sequence"),
+        *attention_nodes(graph, task, node, [f"{name}by_sequence", key, value, mask], f"{name}every", name),
+        make_node("Reshape", [f"{name}every", flat], f"{name}flat"),
+        make_node("Slice", [f"{name}flat", first, n, axis], out),
     ]
 
 

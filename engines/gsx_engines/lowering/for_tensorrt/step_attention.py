@@ -40,10 +40,12 @@ class _Rows:
 class _Write:
     """A cache that gets a call's columns.
 
-    Args: node: its TensorScatter; rows: what is written, by token; alone: whether nothing else reads that.
+    Args: node: its TensorScatter; layer: whose cache it is, in a looped model the visit; rows: what is written, by
+        token; alone: whether nothing else reads that.
     """
 
     node: onnx.NodeProto
+    layer: int
     rows: str
     alone: bool
 
@@ -55,9 +57,10 @@ def attend_in_steps(graph: Graph, task: Task) -> int:
         k -> RotaryEmbedding -> TensorScatter -> K of the cache;  v -> TensorScatter -> V of the cache      become
         SkipAttention(query, k and v, cos, sin, mask, write_at, past K and V, score, bound) -> rows, K, V of the cache
 
-    and FullAttention, or with rows chosen by rank, StepAttention, which has no score and no bound. A value without
-    RoPE, or one whose rotated form others read, goes in as it is. Elsewhere attention stays TensorRT's: where a cache
-    is written otherwise (loops that share one), for heads that the kernel does not take, and for sets of layers.
+    and FullAttention, or with rows chosen by rank, StepAttention, which has no score and no bound. Where the host
+    decided, it gets as many queries as there are rows, all or none. A value without RoPE, or one whose rotated form
+    others read, goes in as it is. Elsewhere attention stays TensorRT's: where a cache is written otherwise (loops that
+    share one), and for heads that the kernel does not take.
 
     Returns: how many.
     """
@@ -82,11 +85,13 @@ def _step_attention(graph: Graph, task: Task, node: onnx.NodeProto, written: set
     if node.op_type == "GatheredAttention" and node.input[1] in task.masks:
         query, index, key, value, mask = graph.expect_inputs(node, 5)
         decision = decision_of(graph, task.masks[index])
+    elif node.op_type == "GatheredAttention" and node.input[1] in task.whole_rows:
+        query, _, key, value, mask = graph.expect_inputs(node, 5)
     elif node.op_type == "FullAttention":
         query, key, value, mask = graph.expect_inputs(node, 4)
     else:
         return None
-    writes = [_write(graph, name, node) for name in (key, value)]
+    writes = [_write(graph, task, *one, node) for one in ((key, "key"), (value, "value"))]
     keys, values = writes
     if keys is None or values is None:
         return None
@@ -97,7 +102,7 @@ def _step_attention(graph: Graph, task: Task, node: onnx.NodeProto, written: set
     return _nodes(graph, task, node, (turned, new), (keys, values), mask, decision)
 
 
-def _write(graph: Graph, cache: str, reader: onnx.NodeProto) -> _Write | None:
+def _write(graph: Graph, task: Task, cache: str, kind: str, reader: onnx.NodeProto) -> _Write | None:
     """How a cache is written that only this attention reads; None if in another way, or if others read the buffer."""
     node = graph.producer(cache)
     if node is None or node.op_type != "TensorScatter" or list(graph.users(cache)) != [reader]:
@@ -108,8 +113,11 @@ def _write(graph: Graph, cache: str, reader: onnx.NodeProto) -> _Write | None:
     heads_first = graph.producer(node.input[1])
     if heads_first is None or heads_first.op_type != "Transpose" or list(heads_first.attribute[0].ints) != _HEADS_FIRST:
         return None
+    layers = {task.shape.present_of(layer, kind): layer for layer in task.shape.left_caches}
     new = node.input[1]
-    return _Write(node, heads_first.input[0], len(graph.users(new)) == 1 and new not in graph.output_names)
+    return _Write(
+        node, layers[cache], heads_first.input[0], len(graph.users(new)) == 1 and new not in graph.output_names
+    )
 
 
 def _before_rope(graph: Graph, task: Task, name: str) -> _Rows:
@@ -119,12 +127,20 @@ def _before_rope(graph: Graph, task: Task, name: str) -> _Rows:
         if node.op_type == "RotaryEmbedding":
             half = (attribute(node, "rotary_embedding_dim") or task.shape.head_dim) // 2
             if len(node.input) == 3 and not attribute(node, "interleaved") and half % CHANNELS_AT_A_TIME == 0:
-                return _Rows(node.input[0], (node.input[1], node.input[2]), half)
+                cos, sin = (_of_all_tokens(graph, task, table) for table in node.input[1:])
+                return _Rows(node.input[0], (cos, sin), half)
             break
         if node.op_type not in _LAYOUT_OPS and not _takes_the_only_one(graph, node):
             break
         at = node.input[0]
     return _Rows(name)
+
+
+def _of_all_tokens(graph: Graph, task: Task, table: str) -> str:
+    """What a table of RoPE was cut from for the rows that the host decided on, which are all tokens or none."""
+    cut = graph.producer(table)
+    is_cut = cut is not None and cut.op_type == "Slice" and cut.input[2] in task.whole_rows.values()
+    return cut.input[0] if cut is not None and is_cut else table
 
 
 def _takes_the_only_one(graph: Graph, node: onnx.NodeProto) -> bool:
@@ -160,14 +176,19 @@ def _nodes(
 
     new = [by_row(key.name, "key", shared), by_row(values.rows, "value", shared)]
     nodes.append(make_node("Concat", new, f"{name}new", axis=1))  # so that TensorRT makes both as one product
-    flat = [by_row(query.name, "query", own), f"{name}new"]
+    whole = replaced.op_type == "FullAttention"
+    if whole or replaced.input[1] in task.masks:
+        flat = [by_row(query.name, "query", own), f"{name}new"]
+    elif query.tables is None:
+        flat = [query.name, f"{name}new"]
+    else:  # RoPE takes rows [1, n, heads x D]; n may be 0, which a Reshape would take for something else
+        nodes.append(make_node("Squeeze", [query.name, graph.add_constant("lowered.first", [0])], f"{name}query"))
+        flat = [f"{name}query", f"{name}new"]
     if query.tables is None:
         flat += [new[0], new[0]]  # the plugin does not read these two
     else:
         flat += [by_row(table, called, query.half) for table, called in zip(query.tables, ("cos", "sin"), strict=True)]
     flat += [mask, WRITE_AT, keys.node.input[0], values.node.input[0]]
-    layer = int(keys.node.output[0].split(".")[1])
-    whole = replaced.op_type == "FullAttention"
     rows_out = f"{name}rows" if whole else out
     nodes.append(
         step_plugin(
@@ -178,7 +199,7 @@ def _nodes(
             rotate_key=float(key.tables is not None),
             scale=number(replaced, "scale"),
             softcap=number(replaced, "softcap"),
-            window=float(shape.windows[layer] or 0),
+            window=float(shape.windows[keys.layer] or 0),
         )
     )
     if whole:

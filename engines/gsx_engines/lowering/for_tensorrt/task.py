@@ -40,6 +40,7 @@ class Task:
         step: sequences and tokens of each, of engines for calls of one size; else None.
         forms: the form that each op of domain gsx in the portable graph took.
         masks: the numbers of a choice that became a mask -> which rows are kept, [N, 1] bool.
+        whole_rows: the numbers of the rows that the host decided on (`whole_calls.py`) -> how many these are, n [1].
         made: nodes that several layers read, made for the first of them.
         joined: constants whose data must be written (`shared_weights.py`) -> their parts, side by side.
         products_of_kept: names of the products of rows that such a choice keeps -> which rows these are, the same.
@@ -54,6 +55,7 @@ class Task:
     forms: dict[str, Form] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
     products_of_kept: dict[str, str] = field(default_factory=dict)
+    whole_rows: dict[str, str] = field(default_factory=dict)
     made: list[onnx.NodeProto] = field(default_factory=list)
     joined: dict[str, list[TensorProto]] = field(default_factory=dict)
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.lowering.choices import branch_choices
-from gsx_engines.lowering.for_tensorrt.attention import attention_nodes
 from gsx_engines.lowering.for_tensorrt.task import RUN, Task
 from gsx_plugins.graph import Graph, attribute, make_node
 
@@ -43,10 +41,8 @@ def run_whole_calls(graph: Graph, task: Task) -> int:
         z, rows -> ScatterND at index -> z with them  becomes      Concat(rows, z[n:])
         residual, rows, gate, index -> GatedScatterAdd -> out         becomes
         Concat(residual[:n] + gate x rows, residual[n:]) -> out
-        query, index, .. -> GatheredAttention -> out                  becomes
-        Concat(query, zeros) -> [B, S, ..] -> Attention -> (as rows) -> [:n] -> out
 
-    Attention runs on all rows, so that it never gets a query without any. Returns: how many branches.
+    Attention of these rows is for later passes: `task.whole_rows` has their number. Returns: how many branches.
     """
     if not task.in_place or not is_decided_by_host(task.manifest):
         return 0
@@ -85,7 +81,8 @@ def run_whole_calls(graph: Graph, task: Task) -> int:
             task.forms[op] = "rows"
             return _added(graph, task, node, head, tail, n)
         if op == "GatheredAttention":
-            return _attended(graph, task, node, head, n)
+            task.whole_rows[node.input[1]] = n
+            return None
         raise graph.error(node, "a node that takes rows, or puts them back", op)
 
     graph.rewrite(whole)
@@ -125,26 +122,3 @@ def _is_ones(graph: Graph, value: str) -> bool:
     while (node := graph.producer(value)) is not None and node.op_type in ("Cast", "Expand"):
         value = node.input[0]
     return graph.number(value) == 1.0
-
-
-def _attended(graph: Graph, task: Task, node: onnx.NodeProto, head: Cut, n: str) -> list[onnx.NodeProto]:
-    """Attention of all rows; those beyond n are zeros."""
-    query, _, key, value, mask = graph.expect_inputs(node, 5)
-    out, name = node.output[0], f"{node.name}."
-    task.forms[node.op_type] = "all"
-    zero = graph.add_constant("lowered.empty", np.zeros(1, helper.tensor_dtype_to_np_dtype(task.float_type)))
-    width = graph.add_constant("lowered.width", [task.width])
-    flat = graph.add_constant("lowered.flat_rows", [-1, task.width])
-    return [
-        make_node("Shape", ["input_ids"], f"{name}outer"),
-        make_node("ReduceProd", [f"{name}outer"], f"{name}tokens", keepdims=1),
-        make_node("Sub", [f"{name}tokens", n], f"{name}left"),
-        make_node("Concat", [f"{name}left", width], f"{name}left_shape", axis=0),
-        make_node("Expand", [zero, f"{name}left_shape"], f"{name}zeros"),
-        make_node("Concat", [query, f"{name}zeros"], f"{name}full", axis=0),
-        make_node("Concat", [f"{name}outer", width], f"{name}shape", axis=0),
-        make_node("Reshape", [f"{name}full", f"{name}shape"], f"{name}by_sequence"),
-        *attention_nodes(graph, task, node, [f"{name}by_sequence", key, value, mask], f"{name}every", name),
-        make_node("Reshape", [f"{name}every", flat], f"{name}flat"),
-        head(f"{name}flat", n, out),
-    ]
