@@ -42,21 +42,22 @@ CAPACITY = 1024
 # and counts; the likeliest tokens, and the sum over all.
 OUTSIDE = 7
 # Kernels of a layer with gates: norm and gate, Q, K with V, attention, its output, norm and gate, gate with up, down;
-# and of one with vector gates.
-GATES, VECTOR_GATES = 8, 12
+# and of one with vector gates, and with linear scores for these.
+GATES, VECTOR_GATES, LINEAR_SCORES = 8, 12, 12
 # Kernels of a step of a tiny Llama.
 LLAMA = 22
 
 
 @pytest.fixture(scope="module")
 def wide(make_once: MakeOnce) -> Callable[[str], Bundle]:
-    """A bundle with 2 layers: `gates` (scalar), these with weights of a scheme, `vector gates`, `sets` of layers or
-    `dense`."""
+    """A bundle with 2 layers: `gates` (scalar), these with weights of a scheme, `vector gates`, these with `linear
+    scores`, `sets` of layers or `dense`."""
 
     def make(path: Path, kind: str) -> None:
         SHAPES["quarter"] = SHAPE
         scheme = {"gates, int8-weights": "int8-weights", "gates, fp8": "fp8"}.get(kind)
-        gate = "vector" if kind == "vector gates" else "scalar" if kind.startswith("gates") else None
+        gates = {"vector gates": "vector", "linear scores": "linear", "sets": None, "dense": None}
+        gate = gates.get(kind, "scalar")
         model = make_large(path.with_suffix(".model"), "quarter", gate)
         text = random_text(path.with_suffix(".txt"), SHAPE["vocab_size"], words=800)
         options: dict[str, Any] = (
@@ -115,6 +116,15 @@ def test_a_step_with_vector_gates(wide: Callable[[str], Bundle]) -> None:
     assert plan.total == PlanCounts(kernels=plan.total.kernels)
     assert plan.capturable
     assert plan.total.kernels <= 2 * VECTOR_GATES + OUTSIDE
+
+
+def test_a_step_with_linear_scores(wide: Callable[[str], Bundle]) -> None:
+    """The gate's product skips, too."""
+    needs_plugins()
+    plan = plan_of(wide("linear scores"), step=1)
+    assert plan.total == PlanCounts(kernels=plan.total.kernels)
+    assert plan.capturable
+    assert plan.total.kernels <= 2 * LINEAR_SCORES + OUTSIDE
 
 
 def test_what_it_takes_the_place_of(wide: Callable[[str], Bundle]) -> None:
