@@ -1,11 +1,11 @@
 """Linear scores for vector gates: what decides about a token, without the product that a kept token needs.
 
-GateSkip's vector gate is g = sigmoid(W x + b), W [H, H], and a token is kept where the mean of g exceeds a threshold. So
-every token pays for W, also one that is skipped. The logit of that mean is nearly linear in x, since the gate's weights
-are small beside what they read: on the example model a linear function of x, fitted by least squares, ranks tokens with
-a Spearman correlation of 0.987 (mean over 32 gates, the least 0.971), where the mean over a quarter of the gate's
-outputs reaches 0.92 (benchmarks/RESULTS.md). It takes H products in place of H x H. With it (`gsx.gate.score: linear`)
-W is read for kept tokens only, and the thresholds are calibrated on these scores, so that a budget keeps its share.
+GateSkip's vector gate is g = sigmoid(W x + b), W [H, H], and a token is kept where the mean of g exceeds a threshold.
+So every token pays for W, also one that is skipped. The logit of that mean is nearly linear in x: on the example model
+a linear function of x, fitted by least squares, ranks tokens with a Spearman correlation of 0.987 (mean over 32 gates,
+the least 0.971), where the mean over a quarter of the gate's outputs reaches 0.92 (benchmarks/RESULTS.md). It takes H
+multiplications in place of H x H. With it (`gsx.gate.score: linear`) W is read for kept tokens only, and thresholds are
+calibrated on these scores, so that a budget keeps its share.
 
 The model is frozen, and the fit is a ridge regression, so the same text gives the same scores. It sees the states that
 it will meet: those of several budgets, whose tokens skip by the exact scores.

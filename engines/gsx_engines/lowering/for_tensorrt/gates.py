@@ -1,8 +1,9 @@
 """The products of vector gates: 16-bit rows with 16-bit weights or INT8 codes, in float32.
 
-A vector gate with its exact score has as many weights as a projection of attention, and every token reads them. Its product is in float32,
-since it decides which rows run; but its factors have 16 or 8 bits. So a step reads the weights as they are stored, and
-other calls may use TensorFloat-32: its 10 bits of mantissa hold these factors exactly, and its sums are float32.
+A vector gate has as many weights as a projection of attention, and every token reads them, unless a linear score
+decides in its place. Its product is in float32, since it decides which rows run; but its factors have 16 or 8 bits. So
+a step reads the weights as they are stored, and other calls may use TensorFloat-32: its 10 bits of mantissa hold these
+factors exactly, and its sums are float32.
 """
 
 from __future__ import annotations
