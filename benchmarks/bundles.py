@@ -31,7 +31,7 @@ class Recipe:
     """An export of the benchmark model.
 
     Args:
-        gate: the model's gates or routers: `scalar`, `vector`, a key of `ROUTERS`, or None.
+        gate: the model's gates or routers: as in `make_model`, a key of `ROUTERS`, or None.
         options: the export's options.
         calibrated: whether it reads calibration text.
     """
@@ -62,6 +62,7 @@ RECIPES = {
     "scalar-int8-throughout": _in_8_bits("scalar", "int8", "none"),
     "scalar-int8-weights": _in_8_bits("scalar", "int8-weights"),
     "vector": Recipe("vector", {"budget": BUDGET}, calibrated=True),
+    "linear": Recipe("linear", {"budget": BUDGET}, calibrated=True),
     "rule-layers": Recipe(options={"policy": "layers"}),
     "rule-ffn-skip": Recipe(
         options={"policy": "ffn-skip", "budget": BUDGET, "calibration_tokens": SHORT_TEXT}, calibrated=True

@@ -96,7 +96,7 @@ def make_model(
 
     Args:
         shape: a key of `SHAPES`.
-        gate: `scalar`, `vector` or None for the dense form.
+        gate: `scalar`, `vector`, `linear` (vector gates with linear scores) or None for the dense form.
         positions: the longest context.
         router: routers instead of gates.
     """
@@ -142,7 +142,8 @@ def make_large(path: Path, shape: str = "1b", gate: str | None = None) -> Path:
 
 def configuration(shape: str, gate: str | None, positions: int = POSITIONS) -> LlamaConfig:
     """A shape as transformers writes it. Args: as `make_model`."""
-    section = {"method": "gateskip", "gate": {"kind": gate, "branches": ["attn", "mlp"]}} if gate else {}
+    kind = {"kind": "vector", "score": "linear"} if gate == "linear" else {"kind": gate}
+    section = {"method": "gateskip", "gate": {**kind, "branches": ["attn", "mlp"]}} if gate else {}
     hf = LlamaConfig(
         **SHAPES[shape], max_position_embeddings=positions, tie_word_embeddings=False, eos_token_id=0, gsx=section
     )

@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str | None, Mapping[str, Any]]] = {
     "gates, int8-weights": ("scalar", {"quantize": Quantize("int8-weights", ("none",))}),
     "gates, fp8": ("scalar", {"quantize": Quantize("fp8", ("none",))}),
     "vector gates": ("vector", {}),
+    "linear scores": ("linear", {}),
     "set of layers": (None, {"policy": "layers"}),
 }
 # Form -> its model, and options of its build.
@@ -45,6 +46,7 @@ FORMS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "gates, int8-weights, step": ("gates, int8-weights", {"step": 1}),
     "gates, fp8, step": ("gates, fp8", {"step": 1}),
     "vector gates, step": ("vector gates", {"step": 1}),
+    "vector gates, linear scores, step": ("linear scores", {"step": 1}),
     "set of layers, one token": ("set of layers", {}),
     "set of layers, step": ("set of layers", {"step": 1}),
 }

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gsx_exporter.convert import convert as convert
     from gsx_exporter.training.exit_classifiers import train_exit_classifiers as train_exit_classifiers
     from gsx_exporter.training.exit_gate import train_exit_gate as train_exit_gate
+    from gsx_exporter.training.linear_scores import train_linear_scores as train_linear_scores
     from gsx_exporter.training.settings import TrainSettings as TrainSettings
     from gsx_plugins.errors import GsxError as GsxError
     from gsx_plugins.progress import Progress as Progress
@@ -64,6 +65,7 @@ _HOMES = {
     "train": "gsx.workflows.train",
     "train_exit_classifiers": "gsx_exporter.training.exit_classifiers",
     "train_exit_gate": "gsx_exporter.training.exit_gate",
+    "train_linear_scores": "gsx_exporter.training.linear_scores",
     "triton": "gsx.workflows.triton",
     "triton_plans": "gsx.workflows.triton",
     "tune": "gsx.workflows.tune",
@@ -95,6 +97,7 @@ __all__ = [
     "train",
     "train_exit_classifiers",
     "train_exit_gate",
+    "train_linear_scores",
     "triton",
     "triton_plans",
     "tune",

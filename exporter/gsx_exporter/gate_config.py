@@ -13,7 +13,7 @@ from gsx_exporter.section import known_keys, one_of
 
 GateKind = Literal["vector", "scalar"]
 GateInput = Literal["post_norm", "pre_norm"]
-GateScore = Literal["mean", "logit"]
+GateScore = Literal["mean", "logit", "linear"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class GateConfig:
         branches: which branches of every layer have a gate.
         score: what is compared with a threshold: the `mean` of the gate's values, or of a scalar gate the `logit`
             before the sigmoid. The ranks are the same, but a gate that is nearly open for all tokens has no room in
-            float32 between values just below 1.
+            float32 between values just below 1. Of a vector gate `linear`: a linear function of what the gate reads,
+            fitted to the logit of the mean (`training/linear_scores.py`), so that a token that is skipped needs no
+            product with W.
         skip_weights: for every layer, how much of the skipping the gate of each branch takes (`gate_shares.py`); None
             for all the same.
     """
@@ -40,11 +42,17 @@ class GateConfig:
     def __post_init__(self) -> None:
         one_of("gsx.gate.kind", self.kind, ("vector", "scalar"))
         one_of("gsx.gate.input", self.input, ("post_norm", "pre_norm"))
-        one_of("gsx.gate.score", self.score, ("mean", "logit"))
+        one_of("gsx.gate.score", self.score, ("mean", "logit", "linear"))
         if self.score == "logit" and self.kind != "scalar":
             raise CheckpointError(
                 "config.json: gsx.gate.score is logit, and a vector gate has many",
                 expected='"mean", or the kind scalar',
+                found=f"kind {self.kind}",
+            )
+        if self.score == "linear" and self.kind != "vector":
+            raise CheckpointError(
+                "config.json: gsx.gate.score is linear, and a scalar gate is linear itself",
+                expected='"logit" or "mean", or the kind vector',
                 found=f"kind {self.kind}",
             )
         for branch in self.branches:

@@ -110,10 +110,17 @@ def train(
     exit_gate: Annotated[
         bool, typer.Option("--exit-gate", help="Train only the exit gate between the loops of a finished MODEL (Ouro).")
     ] = False,
+    linear_scores: Annotated[
+        bool,
+        typer.Option(
+            "--linear-scores",
+            help="Fit only linear scores for the vector gates of a finished MODEL: skipped tokens then need no gate.",
+        ),
+    ] = False,
     tokens: Annotated[
         int | None,
         typer.Option(
-            help="With --exit-classifiers or --exit-gate: tokens of text to use.",
+            help="With --exit-classifiers, --exit-gate or --linear-scores: tokens of text to use.",
             min=1,
             show_default=str(CLASSIFIER_TOKENS),
         ),
@@ -130,6 +137,8 @@ def train(
     Example: gsx train --model my-model --exit-classifiers auto -o with-classifiers
 
     Example: gsx train --model my-ouro --exit-gate -o with-gate
+
+    Example: gsx train --model my-gates --linear-scores -o with-scores
     """
     quiet_libraries()
     if print_recipe:
@@ -139,8 +148,14 @@ def train(
         return
     if output is None and not dry_run:
         raise typer.BadParameter("where the result goes", param_hint="--output")
-    if exit_classifiers is not None or exit_gate:
-        option = "--exit-classifiers" if exit_classifiers is not None else "--exit-gate"
+    fits = {
+        "--exit-classifiers": exit_classifiers is not None,
+        "--exit-gate": exit_gate,
+        "--linear-scores": linear_scores,
+    }
+    asked = [name for name, wanted in fits.items() if wanted]
+    if asked:
+        option = asked[0]
         others = {
             "recipe": options.recipe,
             "work": work,
@@ -153,7 +168,7 @@ def train(
             "freeze-base": options.freeze_base,
             "max-steps": options.max_steps,
             "set": options.changes,
-            "exit-gate": exit_gate and exit_classifiers is not None,
+            **{name.removeprefix("--"): True for name in asked[1:]},
         }
         for name, value in others.items():
             if value:
@@ -163,11 +178,13 @@ def train(
         assert output is not None
         if exit_classifiers is not None:
             _exit_classifiers(output, options, exit_classifiers, tokens, as_json)
-        else:
+        elif exit_gate:
             _exit_gate(output, options, tokens, as_json)
+        else:
+            _linear_scores(output, options, tokens, as_json)
         return
     if tokens is not None:
-        raise typer.BadParameter("belongs to --exit-classifiers and --exit-gate", param_hint="--tokens")
+        raise typer.BadParameter(f"belongs to {', '.join(fits)}", param_hint="--tokens")
     first = os.environ.get("RANK", "0") == "0"
     kept = None
     if output is not None and not dry_run:
@@ -293,6 +310,30 @@ def _exit_gate(output: Path, options: RecipeOptions, tokens: int | None, as_json
     heads = ("loops", "nats a token", "another helps", "leaves, on average", "ranking (0.5: a guess)")
     console.print(table(f"exit gate, on held-out tokens of {result.tokens:,}", heads, rows, right=1))
     console.print(f"next: gsx export {result.directory} --policy calm:gate,tolerance=0.1")
+
+
+def _linear_scores(output: Path, options: RecipeOptions, tokens: int | None, as_json: bool) -> None:
+    """`--linear-scores`."""
+    assert options.model is not None
+    with ProgressLine() as line:
+        line.update("starting")
+        with loading():
+            from gsx import train_linear_scores
+
+        wanted = CLASSIFIER_TOKENS if tokens is None else tokens
+        result = train_linear_scores(options.model, output, text=options.data, tokens=wanted, on_progress=line.show)
+    if as_json:
+        scores = [{"layer": one.layer, "branch": one.branch, "agreement": one.agreement} for one in result.scores]
+        print_json({"directory": str(result.directory), "tokens": result.tokens, "scores": scores})
+        return
+    console = out()
+    by_branch: dict[str, list[float]] = {}
+    for one in result.scores:
+        by_branch.setdefault(one.branch, []).append(one.agreement)
+    rows = [(branch, f"{sum(all_) / len(all_):.1%}", f"{min(all_):.1%}") for branch, all_ in by_branch.items()]
+    heads = ("gates", "decide alike, mean", "least")
+    console.print(table(f"linear scores, on held-out tokens of {result.tokens:,}", heads, rows, right=1))
+    console.print(f"next: gsx export {result.directory} --budget 0.8")
 
 
 def _number(value: float) -> float | None:

@@ -32,8 +32,8 @@ from tests.tiny import tiny_checkpoint
 # and counts; the likeliest tokens, and the sum over all.
 OUTSIDE = 7
 # Kernels of a layer with gates: norm and gate, Q, K with V, attention, its output, norm and gate, gate with up, down;
-# and of one with vector gates.
-GATES, VECTOR_GATES = 8, 12
+# and of one with vector gates, and with linear scores for these.
+GATES, VECTOR_GATES, LINEAR_SCORES = 8, 12, 12
 # Kernels of a step of a tiny Llama.
 LLAMA = 22
 
@@ -92,6 +92,15 @@ def test_a_step_with_vector_gates(wide: Callable[[str], Bundle]) -> None:
     assert plan.total == PlanCounts(kernels=plan.total.kernels)
     assert plan.capturable
     assert plan.total.kernels <= 2 * VECTOR_GATES + OUTSIDE
+
+
+def test_a_step_with_linear_scores(wide: Callable[[str], Bundle]) -> None:
+    """The gate's product skips, too."""
+    needs_plugins()
+    plan = plan_of(wide("linear scores"), step=1)
+    assert plan.total == PlanCounts(kernels=plan.total.kernels)
+    assert plan.capturable
+    assert plan.total.kernels <= 2 * LINEAR_SCORES + OUTSIDE
 
 
 def test_what_it_takes_the_place_of(wide: Callable[[str], Bundle]) -> None:

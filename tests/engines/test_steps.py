@@ -181,12 +181,15 @@ QUANTIZED: dict[str, tuple[Quantize, str]] = {
 }
 
 
+# ONNX Runtime computes products of codes as the graph writes them.
+AS_WRITTEN = {"session.disable_quant_qdq": "1"}
+
+
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_codes(make_tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Every product of a skipped branch reads the codes themselves, and gives what the graph gives as it is written."""
     quantize, ending = QUANTIZED[kind]
-    as_written = {"session.disable_quant_qdq": "1"}
-    monkeypatch.setattr("gsx_engines.runners.portable.session_config", lambda manifest: as_written)
+    monkeypatch.setattr("gsx_engines.runners.portable.session_config", lambda manifest: AS_WRITTEN)
     bundle = open_bundle(make_tiny_bundle(precision="bf16", quantize=quantize))
     layers = bundle.manifest.decoder.num_layers
     made = lowered(bundle, 1, STEP_OPS)
@@ -201,7 +204,7 @@ def test_codes(make_tiny_bundle: Callable[..., Path], monkeypatch: pytest.Monkey
     plain = next(one for one in portable_constants(bundle) if one.name == "layers.0.mlp.down_proj.weight")
     assert packed.external_data == plain.external_data, "the bytes are those of the bundle's file"
     # An input that another order of summation takes over the border of a code changes logits by part of a step.
-    stays_equal(bundle, STEP_OPS, as_written, LOGITS_ATOL if kind == "int8 weights" else 0.02)
+    stays_equal(bundle, STEP_OPS, AS_WRITTEN, LOGITS_ATOL if kind == "int8 weights" else 0.02)
 
 
 def weight_types(made: Lowered) -> set[int]:
@@ -226,6 +229,26 @@ def test_vector_gates_of_16_bits(make_tiny_bundle: Callable[..., Path]) -> None:
         model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
         whole = lower(model, bundle.manifest, capacity=CAPACITY, rows=64, plugins=())
         assert exact_in_tf32(Graph(whole.model.graph)) is exact, options
+
+
+@pytest.mark.parametrize(
+    ("scheme", "ending", "atol"), [(None, "", LOGITS_ATOL), ("int8-weights", "Int8", 0.02)], ids=["16 bits", "8 bits"]
+)
+def test_gates_of_kept_rows(
+    tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch, scheme: Any, ending: str, atol: float
+) -> None:
+    """With linear scores a skipped row reads no gate. Of codes, the scales are rounded to the graph's type here."""
+    monkeypatch.setattr("gsx_engines.runners.portable.session_config", lambda manifest: AS_WRITTEN)
+    gate = GateConfig("vector", score="linear")
+    model = tiny_checkpoint(tmp_path / "model", gate=gate, tokenizer=True)
+    quantize = Quantize(scheme, ("none",)) if scheme else None
+    options = {"budget": 0.6, "calibration": tiny_text, "calibration_tokens": 1024, "quantize": quantize}
+    bundle = export(model, tmp_path / "out", precision="bf16", **options)
+    layers = bundle.manifest.decoder.num_layers
+    ops = Counter(node.op_type for node in lowered(bundle, 2, STEP_OPS).model.graph.node)
+    assert ops[f"SkipLinear{ending}"] == layers + 2 * layers, "queries, and both gates"
+    assert not ops.keys() & {"GateLinear", "GateLinearInt8"}
+    stays_equal(bundle, STEP_OPS, AS_WRITTEN, atol)
 
 
 def portable_constants(bundle: Bundle) -> Sequence[onnx.TensorProto]:

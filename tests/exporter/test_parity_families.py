@@ -36,6 +36,8 @@ ATTN_SCALAR = GateConfig("scalar", "pre_norm", ("attn",))
 MLP_SCALAR = GateConfig("scalar", "pre_norm", ("mlp",))
 ATTN_VECTOR = GateConfig("vector", "post_norm", ("attn",))
 MLP_VECTOR = GateConfig("vector", "pre_norm", ("mlp",))
+LINEAR_SCORES = GateConfig("vector", "post_norm", score="linear")
+MLP_LINEAR = GateConfig("vector", "pre_norm", ("mlp",), "linear")
 
 THETA = {"rope_theta": 10000.0}
 LINEAR = {"rope_parameters": {**THETA, "rope_type": "linear", "factor": 4.0}}
@@ -78,6 +80,7 @@ class Row:
         gate = self.gate
         parts = [self.family]
         parts += ["dense"] if gate is None else [gate.kind, gate.input, "+".join(gate.branches), self.select]
+        parts += ["linear"] if gate is not None and gate.score == "linear" else []
         parts += [self.kv_policy] if self.kv_policy == "copy" else []
         parts += [self.keys["rope_parameters"].get("rope_type", "two ropes")] if "rope_parameters" in self.keys else []
         parts += [key for key in self.keys if key != "rope_parameters"]

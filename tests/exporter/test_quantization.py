@@ -26,7 +26,7 @@ from gsx_exporter.decoder import walk as walking
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.gate_config import GateConfig
+from gsx_exporter.gate_config import GateConfig, GateScore
 from gsx_exporter.graph.assemble import GraphBuilder, Graphs
 from gsx_exporter.quantization import choose
 from gsx_exporter.quantization.choose import choose_codes
@@ -167,23 +167,27 @@ def test_statistics_are_found_again(model: Checkpoint, text: TokenText, tmp_path
     assert ask([0.5, 0.4]) == (first, LAYERS), "a damaged file is counted anew"
 
 
-def test_smoothing_changes_no_bit(model: Checkpoint, text: TokenText) -> None:
+@pytest.mark.parametrize("score", ["mean", "linear"])
+def test_smoothing_changes_no_bit(tmp_path: Path, text: TokenText, score: GateScore) -> None:
     """Powers of two: logits and every decision are the same numbers as before."""
-    found = statistics(model, text.ids, [thresholds(0.5)], OPTIONS, text_sha256=text.sha256)[0]
+    gate = GateConfig(score=score)
+    made = tiny_checkpoint(tmp_path / "model", gate=gate, layers=LAYERS, hidden=HIDDEN, dtype=torch.bfloat16)
+    model, options = open_checkpoint(made), DecoderOptions(GateSkip(gate, (EOS_ID,)))
+    found = statistics(model, text.ids, [thresholds(0.5)], options, text_sha256=text.sha256)[0]
     smoothed, inputs = smooth(model, found, 0.8)
     norm = "model.layers.0.input_layernorm.weight"
     assert not torch.equal(smoothed.parameter(norm), model.parameter(norm)), "something was smoothed"
     results = []
     with torch.inference_mode():
         for checkpoint in (model, smoothed):
-            walk = Walk(checkpoint, text.ids, OPTIONS)
+            walk = Walk(checkpoint, text.ids, options)
             stream = walk.stream(thresholds(0.5))
             keep = [walk.through(number, layer, stream) for number, layer in walk.layers()]
             results.append((keep, torch.cat([logits for _, logits in walk.logits(stream)])))
     (keep, logits), (smoothed_keep, smoothed_logits) = results
     assert torch.equal(logits, smoothed_logits)
     assert all(torch.equal(a[b], s[b]) for a, s in zip(keep, smoothed_keep, strict=True) for b in a)
-    again = statistics(smoothed, text.ids, [thresholds(0.5)], OPTIONS, text_sha256=text.sha256)[0]
+    again = statistics(smoothed, text.ids, [thresholds(0.5)], options, text_sha256=text.sha256)[0]
     for name, sizes in inputs.items():
         np.testing.assert_array_equal(again.inputs[name], sizes, err_msg=name)
 

@@ -12,10 +12,12 @@ LOGIT_SCALE = "lm_head.logit_scale"
 FUSED_QKV, FUSED_GATE_UP = "qkv_proj", "gate_up_proj"
 # After a layer: predicts whether the layers above would still change the model's answer (CALM).
 EXIT_CLASSIFIER = "exit_classifier"
+# Of a branch: the linear score of its gate (`GateConfig.score`).
+GATE_SCORE = "gate_score"
 # Modules of a layer that belong to a keep rule, not to the plain model, and what messages call them.
 _RULE_MODULES = {
     EXIT_CLASSIFIER: "exit classifier",
-    **dict.fromkeys(("attn_gate", "mlp_gate"), "gate"),
+    **dict.fromkeys(("attn_gate", "mlp_gate", f"attn_{GATE_SCORE}", f"mlp_{GATE_SCORE}"), "gate"),
     **{f"{prefix}router{suffix}": "router" for prefix in ("", "attn_", "mlp_") for suffix in ("", "_predictor")},
     "mlp_adapter": "router",
 }
@@ -51,6 +53,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             for branch in config.gate.branches:
                 shapes[f"{p}{branch}_gate.weight"] = (rows, H)
                 shapes[f"{p}{branch}_gate.bias"] = (rows,)
+                if config.gate.score == "linear":
+                    shapes |= {f"{p}{branch}_{GATE_SCORE}.weight": (1, H), f"{p}{branch}_{GATE_SCORE}.bias": (1,)}
         if i + 1 in config.exit_classifiers:
             shapes[f"{p}{EXIT_CLASSIFIER}.weight"] = (1, H)
             shapes[f"{p}{EXIT_CLASSIFIER}.bias"] = (1,)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
+from gsx_exporter.checkpoint.tensors import GATE_SCORE
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.experts import RoutedMlp
 from gsx_exporter.decoder.modules import Linear, Mlp, WidenedLinear
@@ -229,6 +230,8 @@ class DecoderLayer(nn.Module):
         for branch in config.gated_branches:
             assert config.gate is not None
             setattr(self, f"{branch}_gate", Gate(config, config.gate, branch, dtype))
+            if config.gate.score == "linear":
+                setattr(self, f"{branch}_{GATE_SCORE}", Linear(config.hidden_size, 1, True, torch.float32))
         self.skippable = options.rule.branches if options.rule is not None else ()
         self._own = own_modules(options.rule, config) if options.rule is not None else {}
         for name, module in self._own.items():
@@ -311,6 +314,15 @@ class DecoderLayer(nn.Module):
         gate: tuple[Tensor, Tensor] = getattr(self, f"{branch}_gate")(source)
         return gate
 
+    def _scored(self, branch: Branch, hidden: Tensor, normed: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What a rule reads of the checkpoint's gate: as `gate`, or None and a score that needs no gate."""
+        assert self.config.gate is not None
+        if self.config.gate.score != "linear":
+            return self.gate(branch, hidden, normed)
+        source = normed if self.config.gate.input == "post_norm" else hidden
+        score: Tensor = getattr(self, f"{branch}_{GATE_SCORE}")(source.to(torch.float32))
+        return None, score.reshape(-1)
+
     def normed(self, branch: Branch, hidden: Tensor) -> Tensor:
         """The branch's normalized input, [N, H]; the residual stream itself if no norm comes before the branch."""
         name = self.config.norms[branch].before
@@ -325,7 +337,7 @@ class DecoderLayer(nn.Module):
 
     def branch_input(self, branch: Branch, hidden: Tensor, normed: Tensor) -> BranchInput:
         """The branch input that the rule reads."""
-        return BranchInput(branch, hidden, normed, lambda: self.gate(branch, hidden, normed), self._own)
+        return BranchInput(branch, hidden, normed, lambda: self._scored(branch, hidden, normed), self._own)
 
     def kept_by(self, score: BranchScore, x: BranchInput, call: CallState) -> KeptRows:
         """The rows whose score exceeds the bound; with selection by rank, the best ones."""

@@ -67,14 +67,15 @@ class BranchInput:
         branch: its name.
         hidden: [N, H], the residual stream.
         normed: [N, H], after the branch's norm.
-        gate: computes the checkpoint's gate for these: gate [N, H] or [N, 1] and score [N], both float32.
+        gate: computes the checkpoint's gate for these: gate [N, H] or [N, 1] and score [N], both float32. The gate is
+            None where the score needs none (`GateConfig`): the layer then computes it for kept rows.
         modules: the rule's own modules of the whole layer, by the names that `HasModules` gives them.
     """
 
     branch: Branch
     hidden: Tensor
     normed: Tensor
-    gate: Callable[[], tuple[Tensor, Tensor]]
+    gate: Callable[[], tuple[Tensor | None, Tensor]]
     modules: Mapping[str, nn.Module]
 
 

@@ -21,6 +21,7 @@ import torch
 
 from gsx_engines.bundle.words import Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.tensors import GATE_SCORE
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.quantization.statistics import Statistics
 
@@ -34,12 +35,12 @@ class Site:
 
     Args:
         readers: linear layers that read the channels; their weights are multiplied along the input axis.
-        gate: a gate that reads them too; None if there is none.
+        gates: what decides and reads them too: a gate, and its linear score.
         divided: the module whose output channels are divided: a norm, or `mlp.up_proj`.
     """
 
     readers: tuple[str, ...]
-    gate: str | None
+    gates: tuple[str, ...]
     divided: str
 
 
@@ -53,15 +54,18 @@ def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
         return ()
     reads = config.gate is not None and config.gate.input == "post_norm"
 
-    def gate(branch: Branch) -> str | None:
-        return f"{branch}_gate" if reads and branch in config.gated_branches else None
+    def gates(branch: Branch) -> tuple[str, ...]:
+        if not reads or branch not in config.gated_branches:
+            return ()
+        linear = config.gate is not None and config.gate.score == "linear"
+        return (f"{branch}_gate", *((f"{branch}_{GATE_SCORE}",) if linear else ()))
 
     readers: dict[Branch, tuple[str, ...]] = {"attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
     inside: tuple[Site, ...] = ()
     if not config.is_routed(layer):
         readers["mlp"] = ("mlp.gate_proj", "mlp.up_proj")
-        inside = (Site(("mlp.down_proj",), None, "mlp.up_proj"),)
-    found = [(names, gate(branch), config.norms[branch].before) for branch, names in readers.items()]
+        inside = (Site(("mlp.down_proj",), (), "mlp.up_proj"),)
+    found = [(names, gates(branch), config.norms[branch].before) for branch, names in readers.items()]
     return (*(Site(names, gated, norm) for names, gated, norm in found if norm), *inside)
 
 
@@ -101,8 +105,8 @@ def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[Smo
             for name in readers:
                 inputs[name] = inputs[name] / s
                 factors.setdefault(f"model.{name}.weight", []).append((1, s))
-            if site.gate is not None:
-                factors[f"model.layers.{layer}.{site.gate}.weight"] = [(1, s)]
+            for name in site.gates:
+                factors[f"model.layers.{layer}.{name}.weight"] = [(1, s)]
             for part in ("weight", "bias"):
                 factors.setdefault(f"model.layers.{layer}.{site.divided}.{part}", []).append((0, 1 / s))
     values = {one.name: getattr(checkpoint, one.name) for one in fields(Checkpoint)}

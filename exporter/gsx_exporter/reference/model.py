@@ -24,6 +24,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.tensors import GATE_SCORE
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.reference.cache import PassingCache, SkippingCache
@@ -87,6 +88,7 @@ class Reference:
         named = inspect.signature(model.model.forward).parameters
         self._cache_argument = "cache" if "cache" in named else "past_key_values"
         self._gates: dict[tuple[int, Branch], nn.Linear] = {}
+        self._gate_scores: dict[tuple[int, Branch], nn.Linear] = {}
         self._checkpoint = checkpoint
         self._parts: dict[Callable[[Checkpoint], Any], Any] = {}
         self._call: Call | None = None
@@ -334,6 +336,8 @@ class Reference:
         for i in range(self.config.num_layers):
             for branch in gate.branches:
                 self._gates[i, branch] = linear(checkpoint, f"model.layers.{i}.{branch}_gate")
+                if gate.score == "linear":
+                    self._gate_scores[i, branch] = linear(checkpoint, f"model.layers.{i}.{branch}_{GATE_SCORE}")
 
     def gate(
         self, layer: int, branch: Branch, residual: torch.Tensor, normed: torch.Tensor
@@ -346,6 +350,8 @@ class Reference:
         x = residual if self.config.gate.input == "pre_norm" else normed
         logits = linear(x.float())
         g = torch.sigmoid(logits)
+        if self.config.gate.score == "linear":
+            return g, self._gate_scores[layer, branch](x.float())[..., 0]
         return g, (logits if self.config.gate.score == "logit" else g).mean(-1)
 
     def decide(self, x: BranchInput) -> Decision:

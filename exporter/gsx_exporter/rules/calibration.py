@@ -24,7 +24,7 @@ from torch import Tensor
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows
-from gsx_exporter.decoder.rule import DividesBudget, scored_branches
+from gsx_exporter.decoder.rule import BranchInput, BranchScore, DividesBudget, Values, scored_branches
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.gate_shares import kept_shares
 from gsx_plugins.progress import OnProgress, Progress, silent
@@ -54,7 +54,7 @@ class CalibratedPoint:
 
 
 @dataclass
-class _Run:
+class CalibrationRun:
     """The states of one budget, or of one constant threshold, on their way through the layers."""
 
     stream: Stream
@@ -84,7 +84,7 @@ def calibrate(
         on_progress: called after each layer.
     Returns: one point per budget, in their order.
     """
-    walk = _Thresholds(checkpoint, ids, options)
+    walk = ThresholdWalk(checkpoint, ids, options)
     runs = [walk.run(budget=budget) for budget in budgets]
     walk.through(runs, "calibrating", on_progress)
     return [walk.point(run, run.budget) for run in runs]
@@ -101,14 +101,14 @@ def at_constant(
 
     Args: as for `calibrate`; threshold: in the unit of the score.
     """
-    walk = _Thresholds(checkpoint, ids, options)
+    walk = ThresholdWalk(checkpoint, ids, options)
     run = walk.run(constant=threshold)
     walk.through([run], "counting what is kept", on_progress)
     point = walk.point(run, 1.0)
     return replace(point, budget=point.kept_share)
 
 
-class _Thresholds:
+class ThresholdWalk:
     """A text on its way through the layers, once for each run, and the thresholds that are calibrated on the way."""
 
     def __init__(self, checkpoint: Checkpoint, ids: np.ndarray, options: DecoderOptions) -> None:
@@ -121,16 +121,16 @@ class _Thresholds:
         with torch.inference_mode():
             self._walk = Walk(checkpoint, ids, options)
 
-    def run(self, budget: float = 1.0, constant: float | None = None) -> _Run:
+    def run(self, budget: float = 1.0, constant: float | None = None) -> CalibrationRun:
         """A run at the first layer."""
         shape = (self._walk.checkpoint.config.num_layers, 2)
         shares = kept_shares(self._weights, budget)
         with torch.inference_mode():
             # The rule needs thresholds as input, but they are not used: `_choose` replaces the bound.
             stream = self._walk.stream({"thresholds": np.zeros((1, *shape), np.float32)})
-        return _Run(stream, np.full(shape, -np.inf, np.float32), np.ones(shape), shares, budget, constant)
+        return CalibrationRun(stream, np.full(shape, -np.inf, np.float32), np.ones(shape), shares, budget, constant)
 
-    def through(self, runs: Sequence[_Run], stage: str, on_progress: OnProgress) -> None:
+    def through(self, runs: Sequence[CalibrationRun], stage: str, on_progress: OnProgress) -> None:
         """Take runs through all layers, one layer's weights in memory at a time."""
         layers = self._walk.checkpoint.config.num_layers
         with torch.inference_mode():
@@ -139,15 +139,19 @@ class _Thresholds:
                     self._walk.through(number, layer, run.stream, functools.partial(self._choose, number, run))
                 on_progress(Progress(stage, number + 1, layers))
 
-    def point(self, run: _Run, budget: float) -> CalibratedPoint:
+    def point(self, run: CalibrationRun, budget: float) -> CalibratedPoint:
         """The result of a run."""
         kept = [run.kept[layer, BRANCHES.index(branch)] for layer, branch in self._places]
         return CalibratedPoint(budget, run.thresholds, run.kept, float(np.mean(kept)))
 
+    def score(self, number: int, x: BranchInput, values: Values) -> BranchScore:
+        """What decides at a branch of a layer."""
+        return self._rule.score(x, values)
+
     def _choose(
         self,
         number: int,
-        run: _Run,
+        run: CalibrationRun,
         layer: DecoderLayer,
         branch: Branch,
         hidden: Tensor,
@@ -156,7 +160,7 @@ class _Thresholds:
     ) -> KeptRows:
         """The rows that a branch keeps by the threshold that is calibrated for it here."""
         x = layer.branch_input(branch, hidden, normed)
-        found = self._rule.score(x, call.values)
+        found = self.score(number, x, call.values)
         scores = found.score[~call.values["forced"]].numpy()
         place, which = (number, BRANCHES.index(branch)), self._places.index((number, branch))
         if branch in scored_branches(self._rule):
@@ -168,7 +172,7 @@ class _Thresholds:
         run.owed += run.shares[which] - run.kept[place]
         return layer.kept_by(replace(found, bound=torch.tensor(tau)), x, call)
 
-    def _threshold(self, scores: np.ndarray, run: _Run, which: int) -> float:
+    def _threshold(self, scores: np.ndarray, run: CalibrationRun, which: int) -> float:
         if run.constant is not None:
             return run.constant
         if run.budget >= 1.0 or not self._weights[which]:

@@ -70,6 +70,8 @@ def check_trainable(checkpoint: Checkpoint, settings: TrainSettings) -> None:
         "it is the text part of a multimodal model": checkpoint.whole,
         "its weights are quantized, and gradients do not pass them": checkpoint.layout or checkpoint.gguf,
         "it is a model with an adapter": checkpoint.adapter,
+        "its gates have linear scores, which were fitted to gates that training would change": config.gate is not None
+        and config.gate.score == "linear",
     }
     for reason, found in reasons.items():
         if found:
@@ -114,6 +116,8 @@ def _instead(checkpoint: Checkpoint) -> str | None:
     """What to do about a model that cannot be trained."""
     if checkpoint.adapter:
         return "train its base, or merge the adapter by PEFT (merge_and_unload) first"
+    if checkpoint.config.gate is not None and checkpoint.config.gate.score == "linear":
+        return "train the model that they were fitted to, then fit them again: gsx train --linear-scores"
     if checkpoint.config.loop_gate:
         return "gsx train --exit-gate trains the gate between its loops; docs/training.md says what else there is"
     return "docs/training.md says how looped models are trained" if checkpoint.config.loops else None

@@ -24,7 +24,7 @@ def mask_choices(graph: Graph, task: Task) -> int:
     saved. `task.masks` and `task.forms` record the form of each choice. Returns: how many choices became masks.
     """
     same: dict[str, str] = {}  # value -> the value that it equals, now that every row is present
-    kept_by: dict[str, str] = {}  # the chosen rows, also rounded to 8 bits -> their mask
+    kept_by: dict[str, str] = {}  # the chosen rows, also widened or rounded to 8 bits -> their mask
     masks = task.masks
     count = 0
 
@@ -33,7 +33,7 @@ def mask_choices(graph: Graph, task: Task) -> int:
         if node.input and node.input[0] in kept_by:
             if node.op_type == "MatMul":
                 task.products_of_kept[node.name] = kept_by[node.input[0]]
-            elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            elif node.op_type in ("Cast", "QuantizeLinear", "DequantizeLinear"):
                 kept_by[node.output[0]] = kept_by[node.input[0]]
         if not same.keys().isdisjoint(node.input):
             node.input[:] = [same.get(name, name) for name in node.input]

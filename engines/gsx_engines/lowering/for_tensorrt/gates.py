@@ -1,8 +1,9 @@
 """The products of vector gates: 16-bit rows with 16-bit weights or INT8 codes, in float32.
 
-A vector gate has as many weights as a projection of attention, and every token reads them. Its product is in float32,
-since it decides which rows run; but its factors have 16 or 8 bits. So a step reads the weights as they are stored, and
-other calls may use TensorFloat-32: its 10 bits of mantissa hold these factors exactly, and its sums are float32.
+A vector gate has as many weights as a projection of attention, and every token reads them, unless a linear score
+decides in its place. Its product is in float32, since it decides which rows run; but its factors have 16 or 8 bits. So
+a step reads the weights as they are stored, and other calls may use TensorFloat-32: its 10 bits of mantissa hold these
+factors exactly, and its sums are float32.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from gsx_engines.lowering.for_tensorrt.predicated import Decision, decision_of
 from gsx_engines.lowering.for_tensorrt.step_weights import (
     StepWeights,
     as_codes,
@@ -35,7 +37,8 @@ _TYPED_BY = {
 def multiply_gates(graph: Graph, task: Task) -> int:
     """Let gates of a 16-bit graph multiply numbers as they are stored.
 
-        MatMul(Cast(x), Cast(W))      becomes      GateLinear(x, W)      in a step with plugins
+        MatMul(Cast(x), Cast(W))      becomes      GateLinear(x, W)      in a step with plugins, or
+        Cast(SkipLinear(x, W))      there, of rows that a linear score keeps: it no longer decides, and may be rounded
         MatMul(Cast(x), Cast(codes) * scales)      becomes      GateLinearInt8(x, codes, scales)      there, else
         MatMul(Cast(x), DequantizeLinear(codes, 1)) * scales
 
@@ -47,6 +50,8 @@ def multiply_gates(graph: Graph, task: Task) -> int:
         rows = _narrow(graph, task, node)
         if rows is None:
             return None
+        kept = task.products_of_kept.get(node.name)
+        decision = decision_of(graph, kept) if steps and kept is not None else None
         out, weight = node.output[0], graph.producer(node.input[1])
         if weight is None:
             return None
@@ -54,14 +59,25 @@ def multiply_gates(graph: Graph, task: Task) -> int:
             stored = graph.constants.get(weight.input[0])
             if not steps or stored is None or stored.data_type != task.float_type or stored.dims[1] == 1:
                 return None  # a scalar gate's product joins its neighbours
-            return [step_product("GateLinear", [rows], [StepWeights("rows", (stored.name,))], out)]
+            weights = StepWeights("rows", (stored.name,))
+            return (
+                [step_product("GateLinear", [rows], [weights], out)]
+                if decision is None
+                else _of_kept(rows, decision, weights, out)
+            )
         floats = graph.producer(weight.input[0]) if weight.op_type == "Mul" else None
         codes = graph.constants.get(floats.input[0]) if floats is not None and floats.op_type == "Cast" else None
         scales = graph.constants.get(weight.input[1])
         if codes is None or scales is None or codes.data_type != TensorProto.INT8 or len(scales.dims) != 1:
             return None
         if steps and has_codes(graph, codes.name):
-            return [step_product("GateLinear", [rows], [as_codes(graph, codes, scales)], out)]
+            weights = as_codes(graph, codes, scales)
+            if decision is None:
+                return [step_product("GateLinear", [rows], [weights], out)]
+            packed, wide = weights.inputs
+            narrow = make_node("Cast", [wide], f"{out}.scales", to=task.float_type)
+            weights = StepWeights(weights.form, (packed, narrow.output[0]))
+            return [narrow, *_of_kept(rows, decision, weights, out)]
         if _ONE not in graph.constants:
             graph.add_constant(_ONE, np.float32(1))
         floats_out, unscaled = f"{out}.codes", f"{out}.unscaled"
@@ -72,6 +88,15 @@ def multiply_gates(graph: Graph, task: Task) -> int:
         ]
 
     return graph.rewrite(multiplied)
+
+
+def _of_kept(rows: str, decision: Decision, weights: StepWeights, out: str) -> list[onnx.NodeProto]:
+    """A gate's product in kept rows, 0 in the others."""
+    narrow = f"{out}.kept"
+    return [
+        step_product("SkipLinear", [rows, decision.score, decision.bound], [weights], narrow),
+        make_node("Cast", [narrow], out, to=TensorProto.FLOAT),
+    ]
 
 
 def exact_in_tf32(graph: Graph) -> bool:

@@ -84,7 +84,7 @@ class GateSkip(TracedRule, DividesBudget):
         return values
 
     def score(self, x: BranchInput, values: Values) -> BranchScore:
-        """The score is the gate's mean; the gate multiplies the branch's output."""
+        """The score is the gate's (`GateConfig.score`); the gate multiplies the branch's output."""
         gate, score = x.gate()
         return BranchScore(apply_forced(score, values), bound_of(x.branch, values), gate)
 
