@@ -11,10 +11,17 @@ import torch
 from torch import nn
 
 from gsx_exporter.graph import assemble, translation
+from gsx_exporter.graph import trace as tracing
 from gsx_exporter.graph.trace import Input, Part, trace
 
 assert assemble, "imports the ops that programs are made of"
 FLOATS = Input((3, 4), torch.float32, (0,))
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> None:
+    """Nothing is remembered from an earlier test, so that the cache is asked."""
+    tracing.translated.cache_clear()
 
 
 class Shift(nn.Module):
@@ -31,6 +38,7 @@ class Shift(nn.Module):
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Part]]:
     """The file of one program, and its part."""
+    tracing.translated.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home := tmp_path_factory.mktemp("cache")))
         part = traced()

@@ -13,11 +13,21 @@ from torch import Tensor, nn
 
 from gsx_exporter.config import Activation
 
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+# Functions with names, so that a module can be pickled (`graph/trace.py`).
 _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": _gelu_tanh,
     "gelu": F.gelu,
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": _relu2,
 }
 
 

@@ -3,14 +3,21 @@
 A decoder has few distinct parts (entry, one or two kinds of layer, exit). Each is traced once with `torch.export` and
 translated to ONNX (`translation.py`); `assemble.py` repeats the nodes for every layer. So tracing time and
 memory do not grow with depth, no weight is ever in memory, and the name of every value shows where it belongs.
+
+Exports of one process (`gsx compare` and `gsx tune` make many) share the traces of equal parts: another budget, other
+thresholds and scales, or a draft beside the model leave most parts as they are.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -65,22 +72,10 @@ def trace(module: nn.Module, inputs: Mapping[str, Input], outputs: Sequence[str]
         outputs: names of the values that it returns.
     Returns: the part, with the inputs and outputs under these names.
     """
-    register_all()
-    with FakeTensorMode():
-        weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in module.named_parameters()}
-        examples = [torch.empty(i.shape, dtype=i.dtype) for i in inputs.values()]
-    dynamic = [dict.fromkeys(i.dynamic, torch.export.Dim.AUTO) for i in inputs.values()]
-    with quiet():
-        exported = torch.export.export(
-            _Functional(module),
-            (weights, examples),
-            dynamic_shapes=({name: {} for name in weights}, dynamic),
-            strict=False,
-        )
-    model = translate(exported)
-    assert not model.functions, "standard ops only: a function of onnxscript was left in the graph"
+    model = onnx.load_model_from_string(translated(Asked(_description(module), tuple(inputs.values()), module)))
+    weights = [name for name, _ in module.named_parameters()]
     names = [value.name for value in model.graph.input]
-    assert len(names) == len(weights) + len(examples), "an input was dropped in tracing"
+    assert len(names) == len(weights) + len(inputs), "an input was dropped in tracing"
     renamed = dict(zip(names[len(weights) :], inputs, strict=True))
     renamed.update(zip((value.name for value in model.graph.output), outputs, strict=True))
     graph = Graph(model.graph)
@@ -91,3 +86,51 @@ def trace(module: nn.Module, inputs: Mapping[str, Input], outputs: Sequence[str]
         node.doc_string = ""
     graph.rename(renamed)
     return Part(graph, dict(zip(weights, names[: len(weights)], strict=True)), list(inputs), list(outputs))
+
+
+# Parts of different decoders that are remembered. A decoder has about three, of some 20 KB each.
+_MOST_PARTS = 128
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to trace; equal for modules that have the same description.
+
+    Args: description: see `_description`; inputs: the examples, in order; module: any with this description.
+    """
+
+    description: bytes | int
+    inputs: tuple[Input, ...]
+    module: nn.Module = field(compare=False)
+
+
+def _description(module: nn.Module) -> bytes | int:
+    """All that a module is: its classes, its attributes, the shapes and types of its parameters.
+
+    Returns: the hash of its pickled form; its id if it has none (a rule from outside may hold a function without a
+        name): such a module is equal only to itself.
+    """
+    try:
+        return hashlib.sha256(pickle.dumps(module)).digest()
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return id(module)
+
+
+@functools.lru_cache(_MOST_PARTS)
+def translated(asked: Asked) -> bytes:
+    """A traced module as a serialized ONNX model, which its readers may change: each gets its own."""
+    register_all()
+    with FakeTensorMode():
+        weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in asked.module.named_parameters()}
+        examples = [torch.empty(i.shape, dtype=i.dtype) for i in asked.inputs]
+    dynamic = [dict.fromkeys(i.dynamic, torch.export.Dim.AUTO) for i in asked.inputs]
+    with quiet():
+        exported = torch.export.export(
+            _Functional(asked.module),
+            (weights, examples),
+            dynamic_shapes=({name: {} for name in weights}, dynamic),
+            strict=False,
+        )
+    model = translate(exported)
+    assert not model.functions, "standard ops only: a function of onnxscript was left in the graph"
+    return model.SerializeToString()

@@ -7,6 +7,8 @@ so that whatever changes a node changes the key.
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import logging
 import warnings
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import torch
@@ -23,6 +25,9 @@ from onnxscript import opset23, values
 
 from gsx_plugins import domain, library
 from gsx_plugins.files import cache_folder, writing_file
+
+if TYPE_CHECKING:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 _GSX = values.Opset(domain.DOMAIN, domain.OPSET_VERSION)
 _PLUGIN = {"plugin_namespace": library.PLUGIN_NAMESPACE, "plugin_version": library.PLUGIN_VERSION}
@@ -33,7 +38,7 @@ def translate(exported: torch.export.ExportedProgram) -> onnx.ModelProto:
     path = cache_folder() / "translations" / f"{_key(exported)}.onnx"
     with suppress(OSError, DecodeError):
         return onnx.load_model_from_string(path.read_bytes())
-    with quiet():
+    with quiet(), _torchlib_made_once():
         program = torch.onnx.export(
             exported,
             dynamo=True,
@@ -115,6 +120,38 @@ def _translations() -> dict[Any, Any]:
         torch.ops.gsx.gated_scatter_add.default: scatter,
         torch.ops.gsx.gathered_attention.default: attention,
     }
+
+
+@functools.cache
+def _torchlib(opset_version: int) -> ONNXRegistry:
+    """PyTorch's own translations of its ops."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    return ONNXRegistry.from_torchlib(opset_version)
+
+
+@contextmanager
+def _torchlib_made_once() -> Iterator[None]:
+    """Let `torch.onnx.export` read PyTorch's own translations from memory.
+
+    It reads the sources of all of them in every call, which takes almost half of its time, and has no option for
+    another way. So its private maker is replaced while it runs; each call gets a copy, since it adds our ops to it.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    _torchlib(domain.ONNX_OPSET)
+    made = ONNXRegistry.__dict__["from_torchlib"]
+
+    def copied(opset_version: int) -> ONNXRegistry:
+        registry = copy.copy(_torchlib(opset_version))
+        registry.functions = {target: list(known) for target, known in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = staticmethod(copied)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = made  # type: ignore[method-assign]
 
 
 def _given(**numbers: float) -> dict[str, float]:
