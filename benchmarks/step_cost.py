@@ -15,7 +15,7 @@ and nothing overlaps. Assumptions, none of them measured here:
 - between two kernels of a CUDA graph 1.2 us pass, between launches from the host 2.75 us; a wait of the host for the
   GPU costs 25 us;
 - a kept branch reads all its weights, a skipped one none; K and V projections always run (K/V policy `compute`), and so
-  do vector gates; scalar gates and norms weigh nothing;
+  do vector gates, unless linear scores decide; scalar gates and norms weigh nothing;
 - gsx's attention reads K and V of the columns in use, and none for a skipped branch; TensorRT's reads the whole buffers
   (`--capacity`) in every layer;
 - a weight in 8 bits takes 1 byte, or 1.0625 with a 16-bit scale for 32 weights; those of the head too;
@@ -54,6 +54,7 @@ class Form:
         attends: whether attention is gsx's own.
         weights: bytes per weight.
         gates: bytes per weight of vector gates; 0 without them.
+        scored: whether linear scores decide, so that only kept branches read their gates.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Form:
     attends: bool = False
     weights: float = BYTES
     gates: float = 0.0
+    scored: bool = False
 
 
 # Counted on plans of TensorRT-RTX 1.7.1 for sm_89, fp16, one sequence (tests/engines/test_plan.py).
@@ -79,6 +81,8 @@ FORMS = (
     Form("gates, step, INT8 weights in blocks", 9, 9, weights=INT8_BLOCKS, attends=True),
     Form("gates, step, FP8", 11, 9, weights=1.0, attends=True),
     Form("vector gates, step", 12, 7, gates=BYTES, attends=True),
+    Form("vector gates, linear scores, step", 12, 7, gates=BYTES, scored=True, attends=True),
+    Form("the same, INT8 weights in blocks", 13, 9, weights=INT8_BLOCKS, gates=1.0, scored=True, attends=True),
     Form("set of layers", 14, 2, copies=1),
     Form("set of layers, step", 12, 5, attends=True),
 )
@@ -94,7 +98,7 @@ def moved(form: Form, budget: float, context: int, capacity: int) -> float:
     share = budget if form.skips else 1.0
     cache = 2 * KV_HEADS * HEAD * (context * share if form.attends else capacity)
     weights = (LAYERS * (skippable * share + always) + HIDDEN * VOCABULARY) * form.weights
-    gates = LAYERS * 2 * HIDDEN * HIDDEN * form.gates
+    gates = LAYERS * 2 * HIDDEN * HIDDEN * form.gates * (share if form.scored else 1.0)
     return weights + gates + LAYERS * cache * (1 + 2 * form.copies) * BYTES
 
 

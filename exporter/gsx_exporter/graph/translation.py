@@ -135,12 +135,17 @@ def _torchlib_made_once() -> Iterator[None]:
     """Let `torch.onnx.export` read PyTorch's own translations from memory.
 
     It reads the sources of all of them in every call, which takes almost half of its time, and has no option for
-    another way. So its private maker is replaced while it runs; each call gets a copy, since it adds our ops to it.
+    another way. So its private maker is replaced while it runs; each call gets a copy, since it adds our ops to it. In
+    a version of PyTorch that lacks it, translating takes longer and nothing else changes.
     """
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    _torchlib(domain.ONNX_OPSET)
-    made = ONNXRegistry.__dict__["from_torchlib"]
+        made = ONNXRegistry.__dict__["from_torchlib"]
+        _torchlib(domain.ONNX_OPSET)
+    except (ImportError, KeyError, TypeError):
+        yield
+        return
 
     def copied(opset_version: int) -> ONNXRegistry:
         registry = copy.copy(_torchlib(opset_version))
