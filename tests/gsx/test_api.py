@@ -31,6 +31,7 @@ COSTLY = {
     "gsx.train",
     "gsx.train_exit_classifiers",
     "gsx.train_exit_gate",
+    "gsx.train_linear_scores",
     "gsx.tune",
     "gsx.verify",
     "gsx.doctor",

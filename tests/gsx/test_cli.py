@@ -90,6 +90,14 @@ def test_running_a_bundle_needs_no_torch(tiny_bundle: Path) -> None:
             ["train", "-o", "out", "--model", "x", "--exit-gate", "--recipe", "gateskip"],
             ["--recipe", "cannot be combined with --exit-gate"],
         ),
+        (
+            ["train", "-o", "out", "--model", "x", "--linear-scores", "--full"],
+            ["--full", "cannot be combined with --linear-scores"],
+        ),
+        (
+            ["train", "-o", "out", "--model", "x", "--exit-gate", "--linear-scores"],
+            ["--linear-scores", "cannot be combined with --exit-gate"],
+        ),
         (["train", "-o", "out", "--tokens", "5"], ["--tokens", "belongs to --exit-classifiers"]),
     ],
 )
