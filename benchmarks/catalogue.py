@@ -2,7 +2,7 @@
 
 Debian's package lists are the data: for each of some 10,000 programs, people wrote a description, a summary of one
 line, a section and tags of a closed vocabulary. The prompt is the description; the answer has the other three. It is
-the kind of work that drafts are good at, as LayerSkip's semantic parsing is (TOPv2, arXiv:2404.16710, table 3): part of
+the kind of work that drafts are good at, as LayerSkip's semantic parsing is (TOPv2, arXiv:2404.16710): part of
 an answer is copied, part is structure, and part has to be understood.
 
     apt-get update -o Acquire::Languages=en
