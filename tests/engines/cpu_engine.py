@@ -113,6 +113,9 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
 def _unpack_codes(model: onnx.ModelProto) -> None:
     """Dequantize the codes of a step's products, int32 constants, before the op for weights of the rows' type."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:  # scales of a gate, which are stored in float32
+        if node.op_type == "Cast" and node.input[0] in constants:
+            constants[node.output[0]] = constants[node.input[0]]
     kinds = {"Int8": onnx.TensorProto.INT8, "E4M3": onnx.TensorProto.FLOAT8E4M3FN}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:

@@ -8,6 +8,7 @@ tokens of hidden size 4,096; at 1,024 it does not). A sum joins the norm at ever
 from __future__ import annotations
 
 import onnx
+from onnx import TensorProto
 
 from gsx_engines.lowering.for_tensorrt.task import Task
 from gsx_plugins.graph import Graph, make_node
@@ -39,7 +40,7 @@ def sum_scalar_gates(graph: Graph, task: Task) -> int:
 
 
 def _has_one_column(graph: Graph, name: str) -> bool:
-    """Whether a value is a constant [H, 1], perhaps of another type."""
-    node = graph.producer(name)
-    constant = graph.constants.get(node.input[0] if node is not None and node.op_type == "Cast" else name)
-    return constant is not None and list(constant.dims[1:]) == [1]
+    """Whether a value is a float32 constant [H, 1], as gates are in graphs of all types. The gate of an expert for all
+    tokens has the graph's type: in 16 bits a sum takes a kernel more there."""
+    constant = graph.constants.get(name)
+    return constant is not None and constant.data_type == TensorProto.FLOAT and list(constant.dims[1:]) == [1]
